@@ -1,0 +1,2 @@
+from nbdev.process import Processor
+class LessonProc(Processor): pass
