@@ -101,10 +101,11 @@ def _from_template(split: str, words: dict, rng: np.random.Generator) -> str:
     kind = "held_out" if split == "test" and rng.random() < 0.5 else "train"
     verb = pick(words["verbs"])
     phrase = pick(words["phrases"])
+    thing = pick(words["objects"]["held_out" if unseen == "object" else "train"])
+    others = words["objects"]["held_out" if unseen else "train"]
     filled = pick(words["templates"][kind]).format(
         noun=pick(words["nouns"]["held_out" if unseen == "noun" else "train"]),
-        object=pick(words["objects"]["held_out" if unseen == "object" else "train"]),
-        object2=pick(words["objects"]["held_out" if unseen else "train"]),
+        object=thing, object2=pick([other for other in others if other != thing]),
         verb=verb[0], base=verb[1], adj=pick(words["adjectives"]), name=pick(words["names"]),
         number=pick(words["numbers"]), phrase=phrase, Phrase=phrase.capitalize(),
     )
@@ -225,10 +226,10 @@ class Corpus(Sequence):
 # %% ../../nbs/foundations/03_corpus.ipynb #fd79f0e3
 CORPUS_SIZES = {  # size -> utterances in train, valid, test
     "smoke": (32, 8, 8),
-    "cpu": (1088, 96, 96),
-    "gpu": (23040, 1280, 1280),
+    "cpu": (1280, 96, 96),
+    "gpu": (26880, 1280, 1280),
 }
-_SHARD = 160  # utterances spoken by one process
+_SHARD = 256  # utterances spoken by one process
 _FORMAT = 1  # raise when the builder changes what it makes
 
 

@@ -193,7 +193,7 @@ def _phones_from_events(events: list, total: int, scale: float) -> list[Phone]:
     starts = [min(round(sample * scale), total) for sample, _ in marks] + [total]
     phones: list[Phone] = []
     for (_, name), start, end in zip(marks, starts, starts[1:]):
-        ipa = name.strip("ˈˌ") or PAUSE
+        ipa = name.strip("ˈˌ").replace(":", "ː") or PAUSE  # some voices write a plain colon
         if end <= start:
             continue
         if ipa == PAUSE and phones and phones[-1].ipa == PAUSE:

@@ -1,0 +1,189 @@
+"""Residual quantisers side by side: ours, vector-quantize-pytorch, the official SpeechTokenizer.
+
+    python benchmarks/rvq.py [--json] [--quick] [--threads N]
+
+All hold the same codebooks and see the same vectors. The codes are compared first; then the timings
+are interleaved, and the median over rounds is taken. Ratios above 1 mean that ours is faster.
+A last part trains ours and vector-quantize-pytorch for 500 EMA steps on the same batches and
+compares the error, the codes used and the perplexity on held-out vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+
+import torch
+
+from speechlab.foundations.machine import device_name, library_versions
+from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig, code_perplexity
+
+warnings.filterwarnings("ignore")
+SIZE, LEVELS, DECAY = 1024, 8, 0.99
+
+
+def make_peers(dim: int) -> dict[str, torch.nn.Module]:
+    """The three quantisers with the same random codebooks, ready for inference and training."""
+    from speechtokenizer.quantization import ResidualVectorQuantizer
+    from vector_quantize_pytorch import ResidualVQ as LucidrainsRVQ
+
+    ours = ResidualVQ(RVQConfig(dim=dim, n_q=LEVELS, codebook_size=SIZE, kmeans_iterations=0, revive_below=0))
+    lucid = LucidrainsRVQ(dim=dim, num_quantizers=LEVELS, codebook_size=SIZE, decay=DECAY)
+    official = ResidualVectorQuantizer(
+        dimension=dim, n_q=LEVELS, bins=SIZE, decay=DECAY, kmeans_init=False, threshold_ema_dead_code=0
+    )
+    with torch.no_grad():
+        for index in range(LEVELS):
+            embed = torch.randn(SIZE, dim) * 0.8**index
+            mine = ours.levels[index]
+            mine.embed.copy_(embed)
+            mine.embed_sum.copy_(embed)
+            book = lucid.layers[index]._codebook
+            book.embed.copy_(embed[None])
+            book.embed_avg.copy_(embed[None])
+            book.cluster_size.fill_(1)
+            other = official.vq.layers[index]._codebook
+            other.embed.copy_(embed)
+            other.embed_avg.copy_(embed)
+            other.cluster_size.fill_(1)
+            other.inited.fill_(1)
+    return {"ours": ours, "vector-quantize-pytorch": lucid, "official SpeechTokenizer": official}
+
+
+def encode(name: str, model, z: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Codes (LEVELS, N) of one quantiser; each gets the layout it takes."""
+    if name == "ours":
+        return model.encode(z)[0]
+    if name.startswith("vector"):
+        return model(rows)[1][0].T
+    return model.vq.encode(z)[:, 0]
+
+
+def train_step(name: str, model, z: torch.Tensor, rows: torch.Tensor) -> None:
+    """Forward in training mode (with codebook update), backward of output and commitment."""
+    leaf = (rows if name.startswith("vector") else z).clone().requires_grad_()
+    if name == "ours":
+        out = model(leaf)
+        loss = out.quantized.mean() + out.commit_loss
+    elif name.startswith("vector"):
+        quantized, _, commit = model(leaf)
+        loss = quantized.mean() + commit.sum()
+    else:
+        quantized, _, commit, _ = model(leaf)
+        loss = quantized.mean() + commit.mean()
+    loss.backward()
+
+
+def interleaved(calls: dict, rounds: int) -> dict[str, float]:
+    """Median seconds of each call, run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name, call in calls.items():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rows_for(case: str, seconds: dict[str, float]) -> list[dict]:
+    return [
+        {"case": case, "ours": seconds["ours"], "peer": name, "peer_value": value, "unit": "s",
+         "ratio": value / seconds["ours"]}
+        for name, value in seconds.items() if name != "ours"
+    ]
+
+
+def speed(dim: int, count: int, rounds: int) -> list[dict]:
+    """Inference and training step at one dimension, after the codes were compared."""
+    torch.manual_seed(0)
+    peers = make_peers(dim)
+    z = torch.randn(1, dim, count)
+    rows = z.transpose(1, 2).contiguous()
+    with torch.no_grad():
+        for model in peers.values():
+            model.eval()
+        codes = {name: encode(name, model, z, rows) for name, model in peers.items()}
+        for name, found in codes.items():
+            same = (found == codes["ours"]).float().mean().item()
+            if same < 0.9999:  # rounding may break a tie
+                raise SystemExit(f"dim {dim}: only {same:.4%} of the codes of {name} equal ours")
+        calls = {n: (lambda n=n, m=m: encode(n, m, z, rows)) for n, m in peers.items()}
+        found = rows_for(f"encode d{dim}", interleaved(calls, rounds))
+    for model in peers.values():
+        model.train()
+    calls = {n: (lambda n=n, m=m: train_step(n, m, z, rows)) for n, m in peers.items()}
+    return found + rows_for(f"training step d{dim}", interleaved(calls, rounds))
+
+
+def mixture(generator: torch.Generator, count: int, dim: int, centres: torch.Tensor) -> torch.Tensor:
+    """Vectors around unevenly popular centres, in rows (count, dim): no codebook fits them all."""
+    popularity = 1 / torch.arange(1, len(centres) + 1).float()
+    which = torch.multinomial(popularity, count, replacement=True, generator=generator)
+    return centres[which] + 0.3 * torch.randn(count, dim, generator=generator)
+
+
+def quality(steps: int, seed: int = 0, dim: int = 64, size: int = 256, levels: int = 4) -> list[dict]:
+    """Both trained on the same batches with k-means start; error, use and perplexity on new data."""
+    from vector_quantize_pytorch import ResidualVQ as LucidrainsRVQ
+
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(1000, dim, generator=generator) + 1.0
+    torch.manual_seed(seed)
+    ours = ResidualVQ(RVQConfig(dim=dim, n_q=levels, codebook_size=size))
+    lucid = LucidrainsRVQ(dim=dim, num_quantizers=levels, codebook_size=size, decay=DECAY,
+                          kmeans_init=True, kmeans_iters=20, threshold_ema_dead_code=0)
+    with torch.no_grad():
+        for _ in range(steps):
+            batch = mixture(generator, 2048, dim, centres)
+            ours(batch.T[None])
+            lucid(batch[None])
+    test = mixture(generator, 16384, dim, centres)
+    ours.eval()
+    lucid.eval()
+    with torch.no_grad():
+        out, (theirs, codes, _) = ours(test.T[None]), lucid(test[None])
+    results = {"ours": (out.quantized[0].T, out.codes[0]), "peer": (theirs[0], codes[0].T)}
+    found = {}
+    for name, (vectors, indices) in results.items():
+        counts = torch.stack([torch.bincount(row, minlength=size) for row in indices]).float()
+        found[name] = {"MSE": (vectors - test).pow(2).mean().item(),
+                       "codes used": (counts > 0).float().mean().item() * size,
+                       "perplexity": code_perplexity(counts).mean().item()}
+    return [
+        {"case": f"{metric} after {steps} EMA steps, seed {seed}", "ours": found["ours"][metric],
+         "peer": "vector-quantize-pytorch", "peer_value": found["peer"][metric], "unit": "",
+         "ratio": found["peer"][metric] / found["ours"][metric] if metric == "MSE"
+         else found["ours"][metric] / found["peer"][metric]}
+        for metric in found["ours"]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="fewer vectors and rounds, for a smoke test")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    count, rounds = (1600, 3) if options.quick else (16000, 7)
+    rows = [row for dim in (128, 1024) for row in speed(dim, count, rounds)]
+    for seed in range(1 if options.quick else 3):
+        rows += quality(60 if options.quick else 500, seed)
+    report = {"machine": device_name("cpu"), "rows": rows,
+              "versions": library_versions("speechlab", "torch", "vector-quantize-pytorch", "speechtokenizer")}
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(report["machine"], report["versions"])
+    for row in rows:
+        print(f"{row['case']:40} ours {row['ours']:9.4f}{row['unit']}  {row['peer']:26} "
+              f"{row['peer_value']:9.4f}{row['unit']}  ratio {row['ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
