@@ -252,10 +252,6 @@ def save_wav(
 ) -> Path:
     "Write one signal, 16 bits a sample where the format allows it. A crash leaves no half file."
     path = Path(path)
-    check_wav(wav)
-    check_sample_rate(sample_rate)
-    if wav.shape[0] != 1:
-        raise AudioError(f"wav holds {wav.shape[0]} signals; save_wav writes one, shape (1, 1, T)")
     data = encode_audio(wav, sample_rate, path.suffix.lstrip(".").lower())
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
@@ -274,6 +270,10 @@ def encode_audio(
     subtypes = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III"}
     if kind not in subtypes:
         raise AudioError(f"cannot write {kind!r} files; choose one of {', '.join(subtypes)}")
+    check_wav(wav)  # libsndfile's encoders crash on empty and non-finite input
+    check_sample_rate(sample_rate)
+    if wav.shape[0] != 1:
+        raise AudioError(f"wav holds {wav.shape[0]} signals; a file holds one, shape (1, 1, T)")
     options = {"compression_level": 0.5} if kind in ("ogg", "mp3") else {}
     buffer = io.BytesIO()
     samples = wav.detach().cpu().reshape(-1).clamp(-1, 1).numpy()
@@ -312,7 +312,8 @@ def loudness(
     "Integrated loudness by ITU-R BS.1770-4 (torchaudio). Silence has none and is an error."
     check_sample_rate(sample_rate)
     check_wav(wav, min_samples=math.ceil(0.4 * sample_rate), allow_silent=False)
-    level = torchaudio.functional.loudness(wav, sample_rate)
+    gain = 0.25 / wav.abs().amax(dim=(1, 2), keepdim=True).clamp(min=0.25)  # torchaudio's filters clip
+    level = torchaudio.functional.loudness(wav * gain, sample_rate) - 20 * gain.flatten().log10()
     if not torch.isfinite(level).all():
         raise AudioError("wav is too quiet: no 0.4 s block lies above the meter's gate of -70 LUFS")
     return level
@@ -496,7 +497,7 @@ class Player:
             raise AudioError("clips is empty; a player needs at least one")
         most = round(max_seconds * check_sample_rate(sample_rate))
         self.sample_rate, self.transcript = sample_rate, transcript
-        self.clips = {str(label): check_wav(wav, str(label))[:1, :, :most] for label, wav in clips.items()}
+        self.clips = {str(label): check_wav(wav, f"wav {label!r}")[:1, :, :most] for label, wav in clips.items()}
 
     def html(self) -> str:
         "The player as an HTML table, one row per clip."

@@ -1,0 +1,206 @@
+"""speechlab.foundations.audio against SciPy, formulas, and damaged files."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+import scipy.signal
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speechlab.foundations import audio
+
+KINDS = ("wav", "flac", "ogg", "mp3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(tone, tmp_path, kind):
+    wav, rate = audio.load_wav(audio.save_wav(tmp_path / f"a.{kind}", tone, 16000))
+    assert rate == 16000
+    assert wav.dtype == torch.float32
+    assert wav.shape[:2] == (1, 1)
+    if kind in ("wav", "flac"):
+        assert wav.shape == tone.shape
+        assert (wav - tone).abs().max() <= 1 / 32768
+    else:
+        lag = torch.nn.functional.conv1d(wav, tone).abs().max()
+        assert lag > 0.9 * tone.pow(2).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_files_never_load(tone, kind):
+    data = audio.encode_audio(tone, 16000, kind)
+    for keep in (0, 1, 20, 44, 60, len(data) // 3, len(data) // 2, len(data) - 200, len(data) - 1):
+        with pytest.raises(audio.AudioError):
+            audio.load_wav(data[:keep])
+
+
+@pytest.mark.parametrize("kind", ["flac", "ogg"])
+@given(st.floats(0, 1), st.integers(0, 7))
+def test_flipped_bits_give_the_sound_or_an_error(kind, where, bit):
+    """FLAC and Ogg carry checksums: one flipped bit is refused, or lies where it changes nothing."""
+    signal = (0.3 * torch.sin(torch.arange(4000) / 7)).view(1, 1, -1)
+    data = bytearray(audio.encode_audio(signal, 16000, kind))
+    whole, _ = audio.load_wav(bytes(data))
+    data[min(len(data) - 1, int(where * len(data)))] ^= 1 << bit
+    try:
+        wav, _ = audio.load_wav(bytes(data))
+    except audio.AudioError:
+        return
+    assert torch.equal(wav, whole)
+
+
+def test_ogg_checksum_matches_the_bitwise_definition():
+    """Against the textbook shift register, on pages of many lengths."""
+    for length in (0, 1, 27, 300):
+        page, register = bytes(range(256)) * 2, 0
+        page = page[:length]
+        for byte in page:
+            register ^= byte << 24
+            for _ in range(8):
+                register = (register << 1) ^ (0x04C11DB7 if register & 0x80000000 else 0)
+                register &= 0xFFFFFFFF
+        assert audio._ogg_crc(page) == register
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_S8"])
+def test_flac_depths(tmp_path, subtype):
+    samples = (np.random.default_rng(0).uniform(-0.5, 0.5, 1000) * 127).round() / 128
+    soundfile.write(tmp_path / "a.flac", samples, 16000, subtype=subtype)
+    wav, _ = audio.load_wav(tmp_path / "a.flac")
+    assert np.allclose(wav.flatten().numpy(), samples, atol=1 / 128)
+
+
+def test_wav_float_with_nan_is_refused(tmp_path):
+    samples = np.zeros(1000, np.float32)
+    samples[500] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    with pytest.raises(audio.AudioError, match="NaN"):
+        audio.load_wav(tmp_path / "a.wav")
+
+
+def test_foreign_and_unchecked_formats(tmp_path, tone):
+    (tmp_path / "a.wav").write_bytes(b"not audio at all" * 100)
+    with pytest.raises(audio.AudioError, match="not readable"):
+        audio.load_wav(tmp_path / "a.wav")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone.flatten().numpy(), 16000, format="AIFF")
+    with pytest.raises(audio.AudioError, match="cannot be checked"):
+        audio.load_wav(buffer.getvalue())
+    with pytest.raises(audio.AudioError, match="no such file"):
+        audio.load_wav(tmp_path / "missing.wav")
+
+
+def test_stereo_and_rate_only_when_asked(tmp_path, tone):
+    both = np.stack([tone.flatten().numpy(), -0.5 * tone.flatten().numpy()], axis=1)
+    soundfile.write(tmp_path / "a.wav", both, 16000)
+    with pytest.raises(audio.AudioError, match="2 channels"):
+        audio.load_wav(tmp_path / "a.wav")
+    mono, _ = audio.load_wav(tmp_path / "a.wav", mono=True)
+    assert torch.allclose(mono, tone * 0.25, atol=1e-4)
+    with pytest.raises(audio.AudioError, match="16000 Hz, wanted 8000"):
+        audio.load_wav(tmp_path / "a.wav", 8000, mono=True)
+    converted, rate = audio.load_wav(tmp_path / "a.wav", 8000, resample_to_rate=True, mono=True)
+    assert (rate, converted.shape[-1]) == (8000, 4000)
+
+
+def test_parts_of_a_file(tmp_path, tone):
+    path = audio.save_wav(tmp_path / "a.wav", tone, 16000)
+    part, _ = audio.load_wav(path, start=0.1, seconds=0.2)
+    assert torch.allclose(part, tone[..., 1600:4800], atol=1e-4)
+    for start, seconds in ((0.4, 0.2), (0.6, None), (-0.1, None), (0.0, 0.0)):
+        with pytest.raises(audio.AudioError):
+            audio.load_wav(path, start=start, seconds=seconds)
+
+
+def test_saving_is_all_or_nothing(tmp_path, tone):
+    with pytest.raises(audio.AudioError, match="peaks"):
+        audio.save_wav(tmp_path / "a.wav", tone * 10, 16000)
+    with pytest.raises(audio.AudioError, match="cannot write"):
+        audio.save_wav(tmp_path / "a.xyz", tone, 16000)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("source", "target"), [(22050, 16000), (16000, 24000), (48000, 16000)])
+def test_resample_agrees_with_scipy_on_speech_band(source, target):
+    rng = np.random.default_rng(0)
+    band = scipy.signal.butter(8, 3000, fs=source, output="sos")
+    x = 0.1 * scipy.signal.sosfiltfilt(band, rng.standard_normal(source // 2))
+    theirs = scipy.signal.resample_poly(x, target, source, window=("kaiser", 12.0))
+    ours = audio.resample(torch.from_numpy(x).float().view(1, 1, -1), source, target)[0, 0].numpy()
+    middle = slice(target // 10, -target // 10)
+    size = min(len(ours), len(theirs))
+    assert len(ours) == math.ceil(len(x) * target / source)
+    assert np.abs(ours[:size] - theirs[:size])[middle].max() < 2e-3
+
+
+def test_log_mel_against_numpy():
+    wav = 0.1 * torch.randn(1, 1, 4000).clamp(-3, 3)
+    module = audio.LogMel(16000, n_fft=512, hop_length=160, n_mels=40, floor=1e-3)
+    padded = np.pad(wav[0, 0].double().numpy(), 256, mode="reflect")
+    window = scipy.signal.get_window("hann", 512)
+    frames = np.stack([padded[i * 160 : i * 160 + 512] * window for i in range(4000 // 160 + 1)])
+    spectrum = np.abs(np.fft.rfft(frames))
+    hz = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 42) / 2595) - 1)
+    bins = np.linspace(0, 8000, 257)
+    up = (bins[:, None] - hz[:-2]) / (hz[1:-1] - hz[:-2])
+    down = (hz[2:] - bins[:, None]) / (hz[2:] - hz[1:-1])
+    bank = np.maximum(0, np.minimum(up, down))
+    expected = np.log10(np.maximum(spectrum @ bank, 1e-3)).T
+    assert np.allclose(module(wav)[0].numpy(), expected, atol=1e-4)
+
+
+def test_dead_mel_filters_are_named():
+    with pytest.warns(UserWarning, match=r"mel filters \[.*\] have no weight"):
+        module = audio.LogMel(16000, n_fft=256, n_mels=80)
+    assert len(module.dead_filters()) > 0
+    assert len(audio.LogMel(16000).dead_filters()) == 0
+
+
+def test_loudness_of_the_standard_tone():
+    """BS.1770: a 997 Hz sine at full scale reads -3.01 LUFS."""
+    t = torch.arange(48000 * 2) / 48000
+    wav = torch.sin(2 * math.pi * 997 * t).view(1, 1, -1)
+    assert abs(audio.loudness(wav, 48000).item() + 3.01) < 0.05
+
+
+def test_set_loudness_refuses_to_clip(tone):
+    with pytest.raises(audio.AudioError, match="would clip; the highest"):
+        audio.set_loudness(tone, 16000, target=0.0)
+    square = torch.sign(tone)
+    with pytest.raises(audio.AudioError, match="clipped"):
+        audio.set_loudness(square, 16000)
+
+
+def test_mel_to_wav_is_deterministic_and_close(corpus):
+    wav = corpus[0].wav
+    mel = audio.log_mel(wav, 16000)
+    state = torch.get_rng_state()
+    one, two = (audio.mel_to_wav(mel, 16000, length=wav.shape[-1]) for _ in range(2))
+    assert torch.equal(one, two)
+    assert torch.equal(state, torch.get_rng_state())
+    assert (audio.log_mel(one, 16000) - mel).abs().mean() < 0.15
+
+
+def test_player_is_offline_compressed_and_labelled(tone):
+    bundle = audio.play(tone, 16000, "a <tone>", "it's")._repr_mimebundle_()
+    page = bundle["text/markdown"]
+    assert "http" not in page
+    assert "a &lt;tone&gt;" in page
+    assert "data:audio/mpeg;base64," in page
+    assert len(page) < tone.numel() * 2
+    long = audio.Player({"long": torch.zeros(1, 1, 160000)}, 16000, max_seconds=4)
+    assert long.clips["long"].shape[-1] == 64000
+
+
+def test_real_recordings(real_speech):
+    for path in sorted((real_speech / "ljspeech" / "wavs").glob("*.wav"))[:3]:
+        wav, rate = audio.load_wav(path, 22050)
+        assert -45 < audio.loudness(wav, rate) < -10
+    for path in sorted((real_speech / "librispeech_train-clean-100").glob("*.flac"))[:5]:
+        assert audio.load_wav(path, 16000)[0].shape[-1] > 16000

@@ -1,0 +1,167 @@
+"""One table: every public function that takes audio or codes, and what it must refuse.
+
+Each error must name the argument. A function added to the library without a row here fails
+`test_every_public_function_has_rows`.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from speechlab.foundations import audio
+from speechlab.foundations.audio import AudioError
+from speechlab.tokenizer import rvq
+from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig
+
+GOOD = torch.linspace(-0.5, 0.5, 16000).view(1, 1, -1)
+BAD_WAVS = {
+    "a list": [0.1, 0.2],
+    "empty": torch.zeros(1, 1, 0),
+    "no signals": torch.zeros(0, 1, 16000),
+    "two dimensions": torch.zeros(1, 16000),
+    "stereo": torch.zeros(1, 2, 16000),
+    "float64": torch.zeros(1, 1, 16000, dtype=torch.float64),
+    "int16": torch.zeros(1, 1, 16000, dtype=torch.int16),
+    "NaN": torch.full((1, 1, 16000), float("nan")),
+    "infinite": torch.full((1, 1, 16000), float("inf")),
+    "out of range": 3000 * GOOD,
+}
+TAKES_WAV = {
+    "check_wav": audio.check_wav,
+    "save_wav": lambda wav: audio.save_wav("/nonexistent/a.wav", wav, 16000),
+    "resample": lambda wav: audio.resample(wav, 16000, 8000),
+    "to_mono": audio.to_mono,
+    "loudness": lambda wav: audio.loudness(wav, 16000),
+    "set_loudness": lambda wav: audio.set_loudness(wav, 16000),
+    "log_mel": lambda wav: audio.log_mel(wav, 16000),
+    "LogMel": audio.LogMel(16000),
+    "plot_wav": lambda wav: audio.plot_wav(wav, 16000),
+    "play": lambda wav: audio.play(wav, 16000),
+    "compare_players": lambda wav: audio.compare_players({"wav": wav}, 16000),
+    "Player": lambda wav: audio.Player({"wav": wav}, 16000),
+    "encode_audio": lambda wav: audio.encode_audio(wav, 16000),
+}
+ANY_CHANNELS = {"resample", "to_mono"}  # stereo is their business
+
+
+@pytest.mark.parametrize("kind", BAD_WAVS)
+@pytest.mark.parametrize("name", TAKES_WAV)
+def test_bad_wav(name, kind):
+    if kind == "stereo" and name in ANY_CHANNELS:
+        TAKES_WAV[name](BAD_WAVS[kind])
+        return
+    with pytest.raises(AudioError, match="wav"):
+        TAKES_WAV[name](BAD_WAVS[kind])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: audio.loudness(torch.zeros(1, 1, 16000), 16000), "wav is silent"),
+        (lambda: audio.loudness(1e-6 * GOOD, 16000), "wav is too quiet"),
+        (lambda: audio.loudness(GOOD[..., :3000], 16000), "wav has 3000 samples.*6400"),
+        (lambda: audio.set_loudness(torch.sign(GOOD), 16000), "wav is clipped"),
+        (lambda: audio.log_mel(GOOD[..., :100], 16000), "wav has 100 samples.*513"),
+        (lambda: audio.log_mel(GOOD, 16000, center=False, n_fft=20000), "wav has 16000.*20000"),
+        (lambda: audio.check_sample_rate(0), "sample_rate is 0"),
+        (lambda: audio.check_sample_rate(16000.5), "sample_rate is 16000.5"),
+        (lambda: audio.check_sample_rate("16k"), "sample_rate is '16k'"),
+        (lambda: audio.resample(GOOD, 16000, -1), "to_rate is -1"),
+        (lambda: audio.resample(GOOD, 0, 8000), "from_rate is 0"),
+        (lambda: audio.LogMel(16000, floor=0.0), "floor is 0"),
+        (lambda: audio.save_wav("a.wav", GOOD.expand(2, 1, -1), 16000), "wav holds 2 signals"),
+        (lambda: audio.encode_audio(GOOD.expand(2, 1, -1), 16000), "wav holds 2 signals"),
+        (lambda: audio.Player({}, 16000), "clips is empty"),
+        (lambda: audio.mel_to_wav(torch.zeros(80, 10), 16000), "mel is"),
+        (lambda: audio.mel_to_wav(torch.full((1, 80, 9), float("nan")), 16000), "mel contains NaN"),
+        (lambda: audio.plot_mel(torch.zeros(80, 10)), "mel is"),
+        (lambda: audio.plot_codes(torch.zeros(1, 8, 10)), "codes is"),
+        (lambda: audio.plot_codes([1, 2]), "codes is a list"),
+        (lambda: audio.load_wav(b""), "empty"),
+        (lambda: audio.load_wav(b"RIFF"), "not readable"),
+    ],
+)
+def test_bad_audio_arguments(call, words):
+    with pytest.raises(AudioError, match=words):
+        call()
+
+
+@pytest.fixture(scope="module")
+def quantiser():
+    return ResidualVQ(RVQConfig(dim=4, n_q=3, codebook_size=16)).eval()
+
+
+Z = torch.zeros(2, 4, 5)
+CODES = torch.zeros(2, 3, 5, dtype=torch.long)
+BAD_Z = {
+    "z is list": [1.0],
+    "z is torch.float32 \\(4, 5\\)": Z[0],
+    "z is torch.float32 \\(2, 3, 5\\)": Z[:, :3],
+    "z is torch.int64": Z.long(),
+    "no dimension may be empty": Z[..., :0],
+    "z contains NaN": Z + float("nan"),
+    "z contains NaN or infinite": Z + float("inf"),
+}
+BAD_CODES = {
+    "codes is list": [0],
+    "codes is torch.float32": CODES.float(),
+    "codes is torch.bool": CODES.bool(),
+    "codes is torch.int64 \\(3, 5\\)": CODES[0],
+    "no dimension may be empty": CODES[..., :0],
+    "codes has 4 levels": torch.zeros(2, 4, 5, dtype=torch.long),
+    "codes range from 16": CODES + 16,
+    "codes range from -1": CODES - 1,
+}
+
+
+@pytest.mark.parametrize("words", BAD_Z)
+@pytest.mark.parametrize("method", ["forward", "encode"])
+def test_bad_vectors(quantiser, method, words):
+    with pytest.raises(ValueError, match=words):
+        getattr(quantiser, method)(BAD_Z[words])
+
+
+@pytest.mark.parametrize("words", BAD_CODES)
+@pytest.mark.parametrize("method", ["decode", "codes_to_vectors"])
+def test_bad_codes(quantiser, method, words):
+    with pytest.raises(ValueError, match=words):
+        getattr(quantiser, method)(BAD_CODES[words])
+
+
+@pytest.mark.parametrize("n_q", [0, 4, -1, 1.5, "2"])
+@pytest.mark.parametrize("method", ["forward", "encode"])
+def test_bad_n_q(quantiser, method, n_q):
+    with pytest.raises(ValueError, match="n_q is"):
+        getattr(quantiser, method)(Z, n_q=n_q)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 5), torch.ones(2, 4, dtype=torch.bool), [True],
+                                  torch.zeros(2, 5, dtype=torch.bool)])
+@pytest.mark.parametrize("method", ["forward", "encode", "decode", "codes_to_vectors"])
+def test_bad_masks(quantiser, method, mask):
+    with pytest.raises(ValueError, match="mask is"):
+        getattr(quantiser, method)(Z if method in ("forward", "encode") else CODES, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"n_q": 0}, "n_q is 0"), ({"dim": 0}, "dim is 0"), ({"codebook": "x"}, "codebook is 'x'"),
+     ({"dropout": 1.5}, "dropout is 1.5"), ({"codebook_size": -3}, "codebook_size is -3")],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        RVQConfig(**settings)
+
+
+def test_every_public_function_has_rows():
+    """Functions with a wav argument are in the table; those with codes are methods tested above."""
+    def functions_with(module, argument):
+        found = {n: getattr(module, n) for n in module.__all__ if inspect.isfunction(getattr(module, n))}
+        return {n for n, f in found.items() if argument in inspect.signature(f).parameters}
+
+    assert functions_with(audio, "wav") <= set(TAKES_WAV)
+    assert functions_with(audio, "codes") <= {"plot_codes"}
+    assert functions_with(rvq, "codes") <= {"check_codes", "code_sums"}
