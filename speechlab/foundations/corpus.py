@@ -22,7 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -230,7 +230,7 @@ CORPUS_SIZES = {  # size -> utterances in train, valid, test
     "gpu": (26880, 1280, 1280),
 }
 _SHARD = 256  # utterances spoken by one process
-_FORMAT = 1  # raise when the builder changes what it makes
+_FORMAT = 2  # raise when the synthesis of a request changes
 
 
 def plan_corpus(
@@ -243,18 +243,22 @@ def plan_corpus(
     plan = []
     for number, (split, count) in enumerate(zip(SPLITS, CORPUS_SIZES[size])):
         rng = np.random.default_rng((seed, number))
-        pairs = [(v, a) for v in voices(split == "test").values() for a in ACCENTS]
-        order = [pairs[i] for _ in range(-(-count // len(pairs))) for i in rng.permutation(len(pairs))]
-        for index, (voice, accent) in enumerate(order[:count]):
+        cast, accents = list(voices(split == "test").values()), list(ACCENTS)
+        for index in range(count):
+            turn, place = divmod(index, len(cast))
+            if place == 0:  # each turn, every voice speaks once; its accent moves on by one
+                order = rng.permutation(len(cast))
+            voice, accent = cast[order[place]], accents[(order[place] + turn) % len(accents)]
             request = Request(make_sentence(split, rng), voice, accent, int(rng.integers(2**31)))
             plan.append((f"{split}-{index:05d}", split, request))
     return plan
 
 # %% ../../nbs/foundations/03_corpus.ipynb #6a1f6b59
 def corpus_key(size: str, sample_rate: int = 16000, seed: int = 0) -> str:
-    "A hash of what defines an embedded corpus: its text, voices, rate, seed and the versions."
+    "A hash of what defines an embedded corpus: the whole plan, the rate and the versions."
     loader = importlib.metadata.version("espeakng-loader")
-    parts = [_definitions(), CORPUS_SIZES[size], sample_rate, seed, loader, _SHARD, _FORMAT]
+    plan = [(name, split, asdict(request)) for name, split, request in plan_corpus(size, seed)]
+    parts = [plan, sample_rate, loader, _SHARD, _FORMAT]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -231,6 +232,9 @@ class Trainer:
     ):
         single = isinstance(modules, nn.Module)
         self.config, self.folder, self._validate = config, Path(folder), validate
+        known = AcceleratorState._shared_state
+        if known and AcceleratorState().mixed_precision != config.precision:
+            AcceleratorState._reset_state()  # else a second trainer in one process keeps the first's
         self.accelerator = Accelerator(
             mixed_precision=config.precision, step_scheduler_with_optimizer=False,
             cpu=os.environ.get("SPEECHLAB_DEVICE") == "cpu")
@@ -248,6 +252,7 @@ class Trainer:
             self.averaged = {n: AveragedModel(self.raw(n), multi_avg_fn=average) for n in self.modules}
         self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
         self.step, self.history = 0, []
+        self._window: list[dict[str, Tensor]] = []  # metrics since the last logged row
         self._last_of_group, self._batch = True, None
 
     def raw(self, name: str = "model") -> nn.Module:
@@ -307,15 +312,14 @@ class Trainer:
         loader = iter(self.batches.steps(self.step * group, stop * group, self.config.workers))
         bar = tqdm(total=stop, initial=self.step, disable=not self.accelerator.is_main_process,
                    unit="step", mininterval=1.0)
-        started, window = time.perf_counter(), []
+        started = time.perf_counter()
         while self.step < stop:
-            window.append(self._one_step(loader))
+            self._window.append(self._one_step(loader))
             self.step += 1
             bar.update()
-            if self.step % self.config.log_every == 0 or self.step == stop:
-                row = self._log(window, time.perf_counter() - started)
-                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k in window[0]}, refresh=False)
-                window = []
+            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                row = self._log(time.perf_counter() - started)
+                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False)
             every = self.config.save_every
             if self.step == stop or (every and self.step % every == 0):
                 self.save()
@@ -345,12 +349,13 @@ class Trainer:
             average.update_parameters(self.raw(name))
         return totals
 
-    def _log(self, window: list[dict[str, Tensor]], seconds: float) -> dict:
+    def _log(self, seconds: float) -> dict:
         "Append one row, the mean over the steps since the last one, to metrics.jsonl."
         row = {"step": self.step}
-        for key in window[0]:
-            mean = torch.stack([metrics[key] for metrics in window]).mean()
+        for key in self._window[0]:
+            mean = torch.stack([metrics[key] for metrics in self._window]).mean()
             row[key] = float(self.accelerator.reduce(mean, "mean"))
+        self._window = []
         for name, optimizer in self.optimizers.items():
             row["lr" if len(self.optimizers) == 1 else f"lr_{name}"] = optimizer.param_groups[0]["lr"]
         every = self.config.validate_every
@@ -379,6 +384,7 @@ class Trainer:
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "averaged": {name: a.state_dict() for name, a in self.averaged.items()},
             "history": self.history,
+            "window": [{key: float(value) for key, value in row.items()} for row in self._window],
             "config": asdict(self.config),
             "made_on": device_name(self.accelerator.device),
             "versions": library_versions(),
@@ -408,6 +414,8 @@ class Trainer:
         for name, average in self.averaged.items():
             average.load_state_dict(state["averaged"][name])
         self.step, self.history = state["step"], state["history"]
+        device = self.accelerator.device
+        self._window = [{k: torch.tensor(v, device=device) for k, v in row.items()} for row in state["window"]]
         if self.accelerator.is_main_process:
             rows = "".join(json.dumps(row) + "\n" for row in self.history)
             (self.folder / "metrics.jsonl").write_text(rows)

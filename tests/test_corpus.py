@@ -1,0 +1,320 @@
+"""speechlab.foundations.corpus: splits, cache, sources, batches."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speechlab.foundations import corpus as C
+from speechlab.foundations.audio import AudioError, encode_audio, save_wav
+from speechlab.foundations.phonemes import ACCENTS
+
+
+def test_phones_tile_every_utterance(corpus):
+    for entry in corpus.entries:
+        assert sum(p.end - p.start for p in entry.phones) == entry.samples
+        assert entry.phones[0].start == 0
+        assert all(a.end == b.start for a, b in zip(entry.phones, entry.phones[1:]))
+    assert corpus[0].wav.shape == (1, 1, corpus.entries[0].samples)
+
+
+def test_splits_share_no_speaker_and_no_text():
+    for size in ("smoke", "cpu"):
+        plan = C.plan_corpus(size)
+        texts = {s: {r.text for _, split, r in plan if split == s} for s in C.SPLITS}
+        people = {s: {r.voice.name for _, split, r in plan if split == s} for s in C.SPLITS}
+        assert not texts["train"] & (texts["valid"] | texts["test"])
+        assert not people["test"] & (people["train"] | people["valid"])
+        assert people["valid"] <= people["train"]
+
+
+def test_voices_and_accents_are_crossed_evenly():
+    plan = [r for _, split, r in C.plan_corpus("cpu") if split == "train"]
+    pairs = {(r.voice.name, r.accent) for r in plan}
+    assert len(pairs) == 24 * len(ACCENTS)
+    counts = np.unique([r.voice.name for r in plan], return_counts=True)[1]
+    assert counts.max() - counts.min() <= 1
+    assert len(C.voices(False)) >= 24
+    assert len(C.voices(True)) >= 4
+
+
+@given(st.sampled_from(C.SPLITS), st.integers(0, 2**32 - 1))
+def test_any_sentence_is_clean_and_reproducible(split, seed):
+    from speechlab.foundations.phonemes import clean_text
+
+    text = C.make_sentence(split, np.random.default_rng(seed))
+    assert text == C.make_sentence(split, np.random.default_rng(seed))
+    assert clean_text(text) == text
+    assert "{" not in text
+
+
+def test_the_same_bytes_for_any_number_of_workers(tmp_path, monkeypatch):
+    """Two builds in fresh processes, with shards spoken one or two at a time."""
+    monkeypatch.setattr(C, "_SHARD", 12)
+    one = C.embedded_corpus("smoke", workers=1, folder=tmp_path / "one")
+    two = C.embedded_corpus("smoke", workers=2, folder=tmp_path / "two")
+    assert one.entries == two.entries
+    assert all(torch.equal(one[i].wav, two[i].wav) for i in range(len(one)))
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "lose", "index"])
+def test_a_damaged_cache_is_rebuilt(tmp_path, corpus, harm):
+    built = C.embedded_corpus("smoke", folder=tmp_path)
+    (place,) = tmp_path.iterdir()
+    shard = place / "shard-000.i16"
+    C._map_shard.cache_clear()
+    data = shard.read_bytes()
+    if harm == "flip":
+        shard.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    elif harm == "cut":
+        shard.write_bytes(data[:-2])
+    elif harm == "lose":
+        shard.unlink()
+    else:
+        (place / "index.json").write_text("{")
+    with pytest.warns(UserWarning, match="built again"):
+        again = C.embedded_corpus("smoke", folder=tmp_path)
+    C._map_shard.cache_clear()
+    assert torch.equal(again[0].wav, corpus[0].wav)
+    assert again.entries[5].id == built.entries[5].id
+
+
+def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the espeak-ng worker failed")
+
+    monkeypatch.setattr(C, "run_worker", fail)
+    with pytest.raises(RuntimeError, match="worker failed"):
+        C.embedded_corpus("smoke", folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_definition_is_another_corpus():
+    keys = {C.corpus_key("smoke"), C.corpus_key("cpu"), C.corpus_key("smoke", 8000),
+            C.corpus_key("smoke", seed=1)}
+    assert len(keys) == 4
+
+
+def test_bad_arguments(corpus):
+    with pytest.raises(ValueError, match="size is 'huge'"):
+        C.embedded_corpus("huge")
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        corpus.split("dev")
+    with pytest.raises(ValueError, match="samples 0 to"):
+        corpus.read(0, 0, 10**9)
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        C.make_sentence("dev", np.random.default_rng(0))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        C.SegmentBatches(corpus, 1.0, 0)
+    with pytest.raises(ValueError, match="seconds is 0"):
+        C.SegmentBatches(corpus, 0, 2)
+    with pytest.raises(ValueError, match="exceeds"):
+        C.BucketBatches(corpus, 1000)
+    with pytest.raises(ValueError, match="corpus is empty"):
+        C.SegmentBatches(corpus[:0], 1.0, 2)
+    with pytest.raises(ValueError, match="cannot be shared by 3"):
+        C.SegmentBatches(corpus, 1.0, 4).shard(0, 3)
+    with pytest.raises(ValueError, match="ids must be unique"):
+        C.Corpus([corpus.entries[0]] * 2, None, 16000)
+
+
+# Sources
+
+
+def write_files(folder: Path, corpus, count: int = 4) -> None:
+    for utterance in corpus[:count]:
+        path = folder / utterance.speaker / f"{utterance.id}.flac"
+        save_wav(path, utterance.wav, 16000)
+        path.with_suffix(".txt").write_text(utterance.text)
+
+
+def test_folder_corpus(tmp_path, corpus):
+    write_files(tmp_path, corpus)
+    found = C.folder_corpus(tmp_path)
+    assert len(found) == 4
+    assert {u.text for u in found} == {u.text for u in corpus[:4]}
+    wanted = {u.id: u for u in corpus[:4]}
+    for utterance in found:
+        original = wanted[Path(utterance.id).stem]
+        assert utterance.speaker == original.speaker
+        assert torch.equal(utterance.wav, original.wav)
+    assert [e.split for e in C.folder_corpus(tmp_path).entries] == [e.split for e in found.entries]
+    with pytest.raises(AudioError, match="no audio files"):
+        C.folder_corpus(tmp_path / "none")
+    with pytest.raises(AudioError, match="sample rate is 16000 Hz, the corpus has 8000"):
+        C.folder_corpus(tmp_path, 8000)
+    slow = C.folder_corpus(tmp_path, 8000, resample_to_rate=True)
+    assert slow[0].wav.shape[-1] == slow.entries[0].samples == -(-found.entries[0].samples // 2)
+
+
+def test_a_truncated_file_in_a_folder_is_an_error_not_audio(tmp_path, corpus):
+    write_files(tmp_path, corpus, 1)
+    (path,) = tmp_path.rglob("*.flac")
+    found = C.folder_corpus(tmp_path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(AudioError, match=path.name):
+        found[0]
+
+
+def test_ljspeech_corpus(tmp_path, corpus):
+    rows = []
+    for utterance in corpus[:3]:
+        save_wav(tmp_path / "wavs" / f"{utterance.id}.wav", utterance.wav, 16000)
+        rows.append(f'{utterance.id}|Raw "text" 3|{utterance.text}')
+    (tmp_path / "metadata.csv").write_text("\n".join([*rows, "LJ-missing|a|b"]))
+    with pytest.warns(UserWarning, match="1 of 4 clips are missing"):
+        found = C.ljspeech_corpus(tmp_path, 16000)
+    assert [u.text for u in found] == [u.text for u in corpus[:3]]
+    assert torch.equal(found[1].wav, corpus[1].wav)
+    with pytest.raises(AudioError, match="no metadata.csv"):
+        C.ljspeech_corpus(tmp_path / "wavs")
+
+
+def test_librispeech_corpus(tmp_path, corpus):
+    folder = tmp_path / "19" / "198"
+    lines = []
+    for number, utterance in enumerate(corpus[:3]):
+        name = f"19-198-{number:04d}"
+        save_wav(folder / f"{name}.flac", utterance.wav, 16000)
+        lines.append(f"{name} {utterance.text.upper()}")
+    (folder / "19-198.trans.txt").write_text("\n".join(lines))
+    found = C.librispeech_corpus(tmp_path)
+    assert found.speakers == ["19"]
+    assert len({e.split for e in found.entries}) == 1
+    assert found[2].text == corpus[2].text.upper()
+    with pytest.raises(AudioError, match="no LibriSpeech folder"):
+        C.librispeech_corpus(tmp_path / "19" / "nothing")
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory, corpus):
+    import datasets
+
+    path = tmp_path_factory.mktemp("hub") / "part.parquet"
+    some = corpus[:6]
+    table = {"id": [u.id for u in some], "text": [u.text for u in some],
+             "speaker_id": [i for i in range(6)],
+             "audio": [{"bytes": encode_audio(u.wav, 16000, "flac"), "path": None} for u in some]}
+    datasets.Dataset.from_dict(table).to_parquet(str(path))
+    return str(path)
+
+
+def test_hub_corpus(parquet, corpus):
+    whole = C.hub_corpus("parquet", data_files=parquet)
+    assert len(whole) == 6
+    assert whole.speakers == [str(i) for i in range(6)]
+    assert torch.equal(whole[3].wav, corpus[3].wav)
+    assert whole.entries[3].text == corpus.entries[3].text
+    stream = C.hub_corpus("parquet", streaming=True, data_files=parquet)
+    rest = list(stream.skip(4))
+    assert [u.id for u in rest] == [u.id for u in whole[4:]]
+    assert torch.equal(rest[0].wav, whole[4].wav)
+    slow = C.hub_corpus("parquet", sample_rate=8000, data_files=parquet)
+    assert slow[0].wav.shape[-1] == slow.entries[0].samples
+    segment = C.SegmentBatches(whole, 0.5, 2)[3]
+    assert segment.wav.shape == (2, 1, 8000)
+
+
+def test_hub_columns_are_checked(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"sound": [1]}).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(AudioError, match="no column 'audio'"):
+        C.hub_corpus("parquet", data_files=str(tmp_path / "a.parquet"))
+
+
+def test_real_corpora(real_speech):
+    reader = C.ljspeech_corpus(real_speech / "ljspeech")
+    assert reader.sample_rate == 22050
+    assert len(reader) >= 8
+    assert all(entry.text for entry in reader.entries)
+    people = C.folder_corpus(real_speech / "librispeech_train-clean-100",
+                             speaker=lambda path: path.name.split("-")[0])
+    assert len(people.speakers) == 251
+    digits = C.folder_corpus(real_speech / "fsdd" / "recordings", 8000,
+                             speaker=lambda path: path.name.split("_")[1])
+    assert len(digits.speakers) == 6
+    batch = C.SegmentBatches(people, 1.0, 4)[0]
+    assert batch.mask.all()
+
+
+# Batches
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(0, 3))
+def test_segments_are_a_function_of_seed_and_step(step, batch_size, seed):
+    small = C.embedded_corpus("smoke")
+    one, two = (C.SegmentBatches(small, 0.3, batch_size, seed)[step] for _ in range(2))
+    assert torch.equal(one.wav, two.wav)
+    for row, name in enumerate(one.ids):
+        index = [e.id for e in small.entries].index(name)
+        start = one.starts[row]
+        assert torch.equal(one.wav[row, 0], small.read(index, start, start + 4800)[0, 0])
+
+
+def test_an_epoch_visits_each_utterance_once(corpus):
+    segments = C.SegmentBatches(corpus, 0.2, 6, seed=1)
+    for epoch in range(2):
+        ids = [name for step in range(epoch * 8, epoch * 8 + 8) for name in segments[step].ids]
+        assert sorted(ids) == sorted(e.id for e in corpus.entries)
+    buckets = C.BucketBatches(corpus, 8)
+    ids = [name for step in range(buckets.epoch_steps) for name in buckets[step].ids]
+    assert sorted(ids) == sorted(e.id for e in corpus.entries)
+
+
+@pytest.mark.parametrize("kind", ["segments", "buckets"])
+def test_order_does_not_depend_on_workers_or_resuming(corpus, kind):
+    batches = C.SegmentBatches(corpus, 0.2, 4) if kind == "segments" else C.BucketBatches(corpus, 4)
+    straight = [batches[step].ids for step in range(14)]
+    for workers in (0, 1, 2):
+        assert [b.ids for b in batches.steps(5, 14, workers)] == straight[5:]
+
+
+def test_shards_of_a_batch_make_up_the_batch(corpus):
+    whole = C.SegmentBatches(corpus, 0.2, 6)[3]
+    parts = [C.SegmentBatches(corpus, 0.2, 6).shard(rank, 2)[3] for rank in range(2)]
+    assert torch.equal(torch.stack([parts[i % 2].wav[i // 2] for i in range(6)]), whole.wav)
+
+
+def test_masks_mark_what_is_real(corpus):
+    batch = C.BucketBatches(corpus, 8)[2]
+    for row, name in enumerate(batch.ids):
+        index = [e.id for e in corpus.entries].index(name)
+        samples = corpus.entries[index].samples
+        assert int(batch.lengths[row]) == samples
+        assert torch.equal(batch.wav[row, :, :samples], corpus[index].wav[0])
+        assert not batch.wav[row, :, samples:].any()
+    short = C.SegmentBatches(corpus, 60.0, 2)[0]
+    assert short.wav.shape[-1] == 960000
+    assert not short.mask.all()
+
+
+def test_buckets_pad_less_than_shuffling(corpus):
+    def padding(window):
+        batches = C.BucketBatches(corpus, 4, window=window)
+        return np.mean([1 - batches[s].mask.float().mean() for s in range(batches.epoch_steps)])
+
+    assert padding(16) < 0.5 * padding(1)
+
+
+def test_synthesis_is_fast(tmp_path):
+    """The promise is 300 times real time on one core; 60 leaves room for a busy machine."""
+    requests = [r for _, _, r in C.plan_corpus("cpu")[:128]]
+    start = time.perf_counter()
+    made = C.run_worker(requests, 16000, tmp_path / "out")["made"]
+    elapsed = time.perf_counter() - start
+    assert sum(row["length"] for row in made) / 16000 / elapsed > 60
+
+
+def test_wav_of_an_utterance_survives_soundfile(tmp_path, corpus):
+    path = save_wav(tmp_path / "a.wav", corpus[1].wav, corpus.sample_rate)
+    samples, rate = soundfile.read(path)
+    assert rate == 16000
+    assert np.abs(samples - corpus[1].wav.flatten().numpy()).max() < 1e-4
