@@ -39,7 +39,10 @@ def execute(path: Path, flags: set[str], timeout: int, scratch: bool) -> float:
     """Run one notebook from its first cell to its last; return the seconds it took."""
     book = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        book,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
     )
     started = time.perf_counter()
     with client.setup_kernel():
@@ -66,7 +69,9 @@ def main() -> None:
     os.environ["PATH"] = folder + os.pathsep + os.environ["PATH"]
     for path in options.notebooks:
         print(f"{path} … ", end="", flush=True)
-        seconds = execute(path.resolve(), set(options.flags.split()), options.timeout, options.scratch)
+        seconds = execute(
+            path.resolve(), set(options.flags.split()), options.timeout, options.scratch
+        )
         print(f"{seconds:.1f} s", flush=True)
 
 

@@ -34,10 +34,17 @@ def make_peers(dim: int) -> dict[str, torch.nn.Module]:
     from speechtokenizer.quantization import ResidualVectorQuantizer
     from vector_quantize_pytorch import ResidualVQ as LucidrainsRVQ
 
-    ours = ResidualVQ(RVQConfig(dim=dim, n_q=LEVELS, codebook_size=SIZE, kmeans_iterations=0, revive_below=0))
+    ours = ResidualVQ(
+        RVQConfig(dim=dim, n_q=LEVELS, codebook_size=SIZE, kmeans_iterations=0, revive_below=0)
+    )
     lucid = LucidrainsRVQ(dim=dim, num_quantizers=LEVELS, codebook_size=SIZE, decay=DECAY)
     official = ResidualVectorQuantizer(
-        dimension=dim, n_q=LEVELS, bins=SIZE, decay=DECAY, kmeans_init=False, threshold_ema_dead_code=0
+        dimension=dim,
+        n_q=LEVELS,
+        bins=SIZE,
+        decay=DECAY,
+        kmeans_init=False,
+        threshold_ema_dead_code=0,
     )
     with torch.no_grad():
         for index in range(LEVELS):
@@ -84,7 +91,7 @@ def train_step(name: str, model, z: torch.Tensor, rows: torch.Tensor) -> None:
 def interleaved(calls: dict, rounds: int) -> dict[str, float]:
     """Median seconds of each call, run in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
+    for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
@@ -96,9 +103,16 @@ def interleaved(calls: dict, rounds: int) -> dict[str, float]:
 
 def rows_for(case: str, seconds: dict[str, float]) -> list[dict]:
     return [
-        {"case": case, "ours": seconds["ours"], "peer": name, "peer_value": value, "unit": "s",
-         "ratio": value / seconds["ours"]}
-        for name, value in seconds.items() if name != "ours"
+        {
+            "case": case,
+            "ours": seconds["ours"],
+            "peer": name,
+            "peer_value": value,
+            "unit": "s",
+            "ratio": value / seconds["ours"],
+        }
+        for name, value in seconds.items()
+        if name != "ours"
     ]
 
 
@@ -125,28 +139,38 @@ def speed(dim: int, count: int, rounds: int) -> list[dict]:
 
 
 def batches_of(kind: str, seed: int) -> tuple[Callable[[int], torch.Tensor], torch.Tensor]:
-    """A source of training rows (n, D), and held-out rows: mel frames of speech, or normal vectors."""
+    """A source of training rows (n, D), and held-out rows: mel frames or normal vectors."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "normal vectors":
-        return lambda n: torch.randn(n, 32, generator=generator), torch.randn(16384, 32, generator=generator)
+        return lambda n: torch.randn(n, 32, generator=generator), torch.randn(
+            16384, 32, generator=generator
+        )
     corpus, to_mel = embedded_corpus("cpu"), LogMel(16000)
-    train, test = (torch.cat([to_mel(u.wav) for u in part], dim=-1)[0].T
-                   for part in (corpus.split("train")[:500], corpus.split("test")))
+    train, test = (
+        torch.cat([to_mel(u.wav) for u in part], dim=-1)[0].T
+        for part in (corpus.split("train")[:500], corpus.split("test"))
+    )
     mean, std = train.mean(dim=0), train.std()
     train, test = (train - mean) / std, (test - mean) / std
     return lambda n: train[torch.randint(len(train), (n,), generator=generator)], test
 
 
 def quality(kind: str, steps: int, seed: int = 0, size: int = 256, levels: int = 4) -> list[dict]:
-    """Both trained on the same batches with k-means start; error, use and perplexity on new data."""
+    """Both on the same batches with k-means start; error, use and perplexity on new data."""
     from vector_quantize_pytorch import ResidualVQ as LucidrainsRVQ
 
     draw, test = batches_of(kind, seed)
     dim = test.shape[1]
     torch.manual_seed(seed)
     ours = ResidualVQ(RVQConfig(dim=dim, n_q=levels, codebook_size=size))
-    lucid = LucidrainsRVQ(dim=dim, num_quantizers=levels, codebook_size=size, decay=DECAY,
-                          kmeans_init=True, kmeans_iters=20)
+    lucid = LucidrainsRVQ(
+        dim=dim,
+        num_quantizers=levels,
+        codebook_size=size,
+        decay=DECAY,
+        kmeans_init=True,
+        kmeans_iters=20,
+    )
     with torch.no_grad():
         for _ in range(steps):
             batch = draw(2048)
@@ -159,22 +183,34 @@ def quality(kind: str, steps: int, seed: int = 0, size: int = 256, levels: int =
     found = {}
     for name, (vectors, indices) in results.items():
         counts = torch.stack([torch.bincount(row, minlength=size) for row in indices]).float()
-        found[name] = {"MSE": (vectors - test).pow(2).mean().item(),
-                       "codes used": (counts > 0).float().mean().item() * size,
-                       "perplexity": code_perplexity(counts).mean().item()}
+        found[name] = {
+            "MSE": (vectors - test).pow(2).mean().item(),
+            "codes used": (counts > 0).float().mean().item() * size,
+            "perplexity": code_perplexity(counts).mean().item(),
+        }
     return [
-        {"case": f"{metric}, {kind}, seed {seed}", "ours": found["ours"][metric],
-         "peer": "vector-quantize-pytorch", "peer_value": found["peer"][metric], "unit": "",
-         "ratio": found["peer"][metric] / found["ours"][metric] if metric == "MSE"
-         else found["ours"][metric] / found["peer"][metric]}
+        {
+            "case": f"{metric}, {kind}, seed {seed}",
+            "ours": found["ours"][metric],
+            "peer": "vector-quantize-pytorch",
+            "peer_value": found["peer"][metric],
+            "unit": "",
+            "ratio": found["peer"][metric] / found["ours"][metric]
+            if metric == "MSE"
+            else found["ours"][metric] / found["peer"][metric],
+        }
         for metric in found["ours"]
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="fewer vectors and rounds, for a smoke test")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer vectors and rounds, for a smoke test"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -183,15 +219,22 @@ def main() -> None:
     for kind in ("normal vectors",) if options.quick else ("mel frames", "normal vectors"):
         for seed in range(1 if options.quick else 3):
             rows += quality(kind, 60 if options.quick else 500, seed)
-    report = {"machine": device_name("cpu"), "rows": rows,
-              "versions": library_versions("speechlab", "torch", "vector-quantize-pytorch", "speechtokenizer")}
+    report = {
+        "machine": device_name("cpu"),
+        "rows": rows,
+        "versions": library_versions(
+            "speechlab", "torch", "vector-quantize-pytorch", "speechtokenizer"
+        ),
+    }
     if options.json:
         print(json.dumps(report, indent=1))
         return
     print(report["machine"], report["versions"])
     for row in rows:
-        print(f"{row['case']:40} ours {row['ours']:9.4f}{row['unit']}  {row['peer']:26} "
-              f"{row['peer_value']:9.4f}{row['unit']}  ratio {row['ratio']:.2f}")
+        print(
+            f"{row['case']:40} ours {row['ours']:9.4f}{row['unit']}  {row['peer']:26} "
+            f"{row['peer_value']:9.4f}{row['unit']}  ratio {row['ratio']:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def attempt(test: Callable[[Callable], None], answer: Callable) -> None:
     try:
         test(answer)
     except NotImplementedError:
-        print(f"{answer.__name__}: not written yet. Replace the stub above and run this cell again.")
+        print(
+            f"{answer.__name__}: not written yet. Replace the stub above and run this cell again."
+        )
     except AssertionError as error:
         print(f"{answer.__name__}: not right yet. {error}".rstrip())
     else:

@@ -43,7 +43,7 @@ def test_cut_files_never_load(tone, kind):
 @pytest.mark.parametrize("kind", ["flac", "ogg"])
 @given(st.floats(0, 1), st.integers(0, 7))
 def test_flipped_bits_give_the_sound_or_an_error(kind, where, bit):
-    """FLAC and Ogg carry checksums: one flipped bit is refused, or lies where it changes nothing."""
+    """FLAC and Ogg carry checksums: a flipped bit is refused, or changes nothing."""
     signal = (0.3 * torch.sin(torch.arange(4000) / 7)).view(1, 1, -1)
     data = bytearray(audio.encode_audio(signal, 16000, kind))
     whole, _ = audio.load_wav(bytes(data))

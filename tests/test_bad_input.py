@@ -138,8 +138,15 @@ def test_bad_n_q(quantiser, method, n_q):
         getattr(quantiser, method)(Z, n_q=n_q)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 5), torch.ones(2, 4, dtype=torch.bool), [True],
-                                  torch.zeros(2, 5, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 5),
+        torch.ones(2, 4, dtype=torch.bool),
+        [True],
+        torch.zeros(2, 5, dtype=torch.bool),
+    ],
+)
 @pytest.mark.parametrize("method", ["forward", "encode", "decode", "codes_to_vectors"])
 def test_bad_masks(quantiser, method, mask):
     with pytest.raises(ValueError, match="mask is"):
@@ -148,8 +155,13 @@ def test_bad_masks(quantiser, method, mask):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"n_q": 0}, "n_q is 0"), ({"dim": 0}, "dim is 0"), ({"codebook": "x"}, "codebook is 'x'"),
-     ({"dropout": 1.5}, "dropout is 1.5"), ({"codebook_size": -3}, "codebook_size is -3")],
+    [
+        ({"n_q": 0}, "n_q is 0"),
+        ({"dim": 0}, "dim is 0"),
+        ({"codebook": "x"}, "codebook is 'x'"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"codebook_size": -3}, "codebook_size is -3"),
+    ],
 )
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
@@ -158,8 +170,11 @@ def test_bad_settings(settings, words):
 
 def test_every_public_function_has_rows():
     """Functions with a wav argument are in the table; those with codes are methods tested above."""
+
     def functions_with(module, argument):
-        found = {n: getattr(module, n) for n in module.__all__ if inspect.isfunction(getattr(module, n))}
+        found = {
+            n: getattr(module, n) for n in module.__all__ if inspect.isfunction(getattr(module, n))
+        }
         return {n for n, f in found.items() if argument in inspect.signature(f).parameters}
 
     assert functions_with(audio, "wav") <= set(TAKES_WAV)

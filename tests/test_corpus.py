@@ -97,8 +97,12 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_another_definition_is_another_corpus():
-    keys = {C.corpus_key("smoke"), C.corpus_key("cpu"), C.corpus_key("smoke", 8000),
-            C.corpus_key("smoke", seed=1)}
+    keys = {
+        C.corpus_key("smoke"),
+        C.corpus_key("cpu"),
+        C.corpus_key("smoke", 8000),
+        C.corpus_key("smoke", seed=1),
+    }
     assert len(keys) == 4
 
 
@@ -173,7 +177,7 @@ def test_ljspeech_corpus(tmp_path, corpus):
         found = C.ljspeech_corpus(tmp_path, 16000)
     assert [u.text for u in found] == [u.text for u in corpus[:3]]
     assert torch.equal(found[1].wav, corpus[1].wav)
-    with pytest.raises(AudioError, match="no metadata.csv"):
+    with pytest.raises(AudioError, match=r"no metadata\.csv"):
         C.ljspeech_corpus(tmp_path / "wavs")
 
 
@@ -199,9 +203,12 @@ def parquet(tmp_path_factory, corpus):
 
     path = tmp_path_factory.mktemp("hub") / "part.parquet"
     some = corpus[:6]
-    table = {"id": [u.id for u in some], "text": [u.text for u in some],
-             "speaker_id": [i for i in range(6)],
-             "audio": [{"bytes": encode_audio(u.wav, 16000, "flac"), "path": None} for u in some]}
+    table = {
+        "id": [u.id for u in some],
+        "text": [u.text for u in some],
+        "speaker_id": list(range(6)),
+        "audio": [{"bytes": encode_audio(u.wav, 16000, "flac"), "path": None} for u in some],
+    }
     datasets.Dataset.from_dict(table).to_parquet(str(path))
     return str(path)
 
@@ -235,11 +242,13 @@ def test_real_corpora(real_speech):
     assert reader.sample_rate == 22050
     assert len(reader) >= 8
     assert all(entry.text for entry in reader.entries)
-    people = C.folder_corpus(real_speech / "librispeech_train-clean-100",
-                             speaker=lambda path: path.name.split("-")[0])
+    people = C.folder_corpus(
+        real_speech / "librispeech_train-clean-100", speaker=lambda path: path.name.split("-")[0]
+    )
     assert len(people.speakers) == 251
-    digits = C.folder_corpus(real_speech / "fsdd" / "recordings", 8000,
-                             speaker=lambda path: path.name.split("_")[1])
+    digits = C.folder_corpus(
+        real_speech / "fsdd" / "recordings", 8000, speaker=lambda path: path.name.split("_")[1]
+    )
     assert len(digits.speakers) == 6
     batch = C.SegmentBatches(people, 1.0, 4)[0]
     assert batch.mask.all()

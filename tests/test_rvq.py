@@ -1,4 +1,4 @@
-"""speechlab.tokenizer.rvq against loops in float64, vector-quantize-pytorch and the official code."""
+"""speechlab.tokenizer.rvq against float64 loops, vector-quantize-pytorch, the official code."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ from speechlab.tokenizer.rvq import (
 
 def make(dim=6, n_q=4, size=16, **settings) -> ResidualVQ:
     torch.manual_seed(0)
-    return ResidualVQ(RVQConfig(dim=dim, n_q=n_q, codebook_size=size, kmeans_iterations=0, **settings))
+    return ResidualVQ(
+        RVQConfig(dim=dim, n_q=n_q, codebook_size=size, kmeans_iterations=0, **settings)
+    )
 
 
-def residual_loop(z: torch.Tensor, books: list[torch.Tensor]) -> tuple[list[list[int]], torch.Tensor, float]:
+def residual_loop(
+    z: torch.Tensor, books: list[torch.Tensor]
+) -> tuple[list[list[int]], torch.Tensor, float]:
     """Codes, sum of vectors and Eq. 7 for rows z (N, D), by loops in float64."""
     codes, total, loss = [], torch.zeros_like(z, dtype=torch.float64), 0.0
     for n, row in enumerate(z.double()):
@@ -48,7 +52,9 @@ def test_forward_equals_the_loop(batch, frames, n_q, seed):
     """Codes, sum and commitment loss (SpeechTokenizer Eq. 7) against float64 loops."""
     rvq = make(n_q=n_q).eval()
     z = torch.randn(batch, 6, frames, generator=torch.Generator().manual_seed(seed))
-    codes, total, loss = residual_loop(z.transpose(1, 2).reshape(-1, 6), [b.embed for b in rvq.levels])
+    codes, total, loss = residual_loop(
+        z.transpose(1, 2).reshape(-1, 6), [b.embed for b in rvq.levels]
+    )
     out = rvq(z)
     assert out.codes.transpose(1, 2).reshape(-1, n_q).tolist() == codes
     assert torch.allclose(out.quantized.transpose(1, 2).reshape(-1, 6).double(), total, atol=1e-5)
@@ -196,17 +202,21 @@ def test_kmeans_against_scikit_learn():
     torch.manual_seed(2)
     permuted = x[torch.randperm(500)]  # the draws that kmeans makes: all rows, then its start
     start = permuted[torch.randperm(500)[:8]]
-    theirs = KMeans(8, init=start.numpy(), n_init=1, max_iter=15, tol=0, algorithm="lloyd").fit(x.numpy())
+    theirs = KMeans(8, init=start.numpy(), n_init=1, max_iter=15, tol=0, algorithm="lloyd").fit(
+        x.numpy()
+    )
     assert torch.allclose(codebook, torch.from_numpy(theirs.cluster_centers_).float(), atol=0.02)
     assert int(counts.sum()) == 500
 
 
 def test_kmeans_memory_is_bounded():
     """All differences of 4000 x 512 x 256 floats would be 2 GB; rows, codes and scores are not."""
-    code = ("import torch, resource; from speechlab.tokenizer.rvq import kmeans; torch.set_num_threads(1);"
-            "x = torch.randn(4000, 256); kmeans(x, 8, 1);"
-            "a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; kmeans(x, 512, 2);"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)")
+    code = (
+        "import torch, resource; from speechlab.tokenizer.rvq import kmeans;"
+        "x = torch.randn(4000, 256); kmeans(x, 8, 1);"
+        "a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; kmeans(x, 512, 2);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)"
+    )
     grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(grown.stdout) < 100_000  # kB
 
@@ -224,7 +234,7 @@ def test_fewer_vectors_than_codes(rows):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_masked_frames_change_nothing(training):
-    """A padded batch gives each signal, every statistic and the codebooks what they get without padding."""
+    """Padding changes no code, no vector, no statistic and no codebook."""
     one, two = make(decay_ramp=1), make(decay_ramp=1)
     one.train(training)
     two.train(training)
@@ -298,7 +308,9 @@ def test_perplexity_lies_between_one_and_the_codes_used(counts):
 
 def test_gradient_codebooks_learn():
     torch.manual_seed(0)
-    rvq = ResidualVQ(RVQConfig(dim=4, n_q=2, codebook_size=16, codebook="gradient", kmeans_iterations=0))
+    rvq = ResidualVQ(
+        RVQConfig(dim=4, n_q=2, codebook_size=16, codebook="gradient", kmeans_iterations=0)
+    )
     optimizer = torch.optim.Adam(rvq.parameters(), lr=0.02)
     z = torch.randn(4, 4, 100) + 2
     losses = []

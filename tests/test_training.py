@@ -27,10 +27,18 @@ HERE = Path(__file__).parent
 def small_trainer(folder, corpus, **settings) -> T.Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(800, 8), nn.Dropout(0.2), nn.GELU(), nn.Linear(8, 1))
-    config = T.TrainConfig(**({"steps": 12, "log_every": 3, "save_every": 4, "ema": 0.9} | settings))
-    return T.Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-2),
-                     lambda m, b: (m(b.wav) - 1).pow(2).mean(), SegmentBatches(corpus, 0.05, 4),
-                     config, folder, T.cosine(config.steps, 2))
+    config = T.TrainConfig(
+        **({"steps": 12, "log_every": 3, "save_every": 4, "ema": 0.9} | settings)
+    )
+    return T.Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        lambda m, b: (m(b.wav) - 1).pow(2).mean(),
+        SegmentBatches(corpus, 0.05, 4),
+        config,
+        folder,
+        T.cosine(config.steps, 2),
+    )
 
 
 def same(one, other) -> bool:
@@ -77,20 +85,35 @@ def test_bad_settings():
 # Checkpoints
 
 TREES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text(max_size=4),
-              st.integers(0, 4).map(lambda n: torch.arange(n) * 1.5)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple),
-                            st.dictionaries(st.one_of(st.text(max_size=3), st.integers(0, 9)), inner, max_size=3)),
-    max_leaves=8)
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-5, 5),
+        st.text(max_size=4),
+        st.integers(0, 4).map(lambda n: torch.arange(n) * 1.5),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=3), st.integers(0, 9)), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
 
 
 def equal_trees(one, other) -> bool:
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other) and one.dtype == other.dtype
+        return (
+            isinstance(other, torch.Tensor) and torch.equal(one, other) and one.dtype == other.dtype
+        )
     if isinstance(one, dict):
         return list(one) == list(other) and all(equal_trees(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(equal_trees, one, other))
+        return (
+            type(one) is type(other)
+            and len(one) == len(other)
+            and all(map(equal_trees, one, other))
+        )
     return one == other and type(one) is type(other)
 
 
@@ -161,7 +184,9 @@ def test_resume_is_exact_in_process(tmp_path, corpus):
     assert same(whole.raw().state_dict(), second.raw().state_dict())
     assert same(whole.averaged["model"].state_dict(), second.averaged["model"].state_dict())
     assert [r["loss"] for r in whole.history] == [r["loss"] for r in second.history]
-    rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in rows] == [3, 6, 9, 12]
 
 
@@ -173,7 +198,8 @@ torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
 from test_training import small_trainer
 from speechlab.foundations.corpus import embedded_corpus
-trainer = small_trainer({folder!r}, embedded_corpus("smoke"), steps=60, save_every=5, workers={workers})
+settings = dict(steps=60, save_every=5, workers={workers})
+trainer = small_trainer({folder!r}, embedded_corpus("smoke"), **settings)
 inner = trainer._step_function
 def slow(trainer, batch):
     time.sleep({pause})
@@ -189,7 +215,9 @@ def test_kill_minus_9_and_resume_gives_the_same_bits(tmp_path, workers):
 
     def start(folder, pause):
         code = KILLED.format(here=str(HERE), folder=str(folder), pause=pause, workers=workers)
-        return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True
+        )
 
     assert start(tmp_path / "whole", 0).wait() == 0
     victim = start(tmp_path / "killed", 0.05)
@@ -202,7 +230,10 @@ def test_kill_minus_9_and_resume_gives_the_same_bits(tmp_path, workers):
     last = T.last_checkpoint(tmp_path / "killed")
     assert "step-00000010" <= last.name < "step-00000060"
     assert start(tmp_path / "killed", 0).wait() == 0
-    one, two = (T.load_tree(tmp_path / n / "step-00000060" / "state.safetensors") for n in ("whole", "killed"))
+    one, two = (
+        T.load_tree(tmp_path / n / "step-00000060" / "state.safetensors")
+        for n in ("whole", "killed")
+    )
     assert equal_trees(one["modules"], two["modules"])
     assert equal_trees(one["optimizers"], two["optimizers"])
     assert equal_trees(one["averaged"], two["averaged"])
@@ -212,8 +243,14 @@ def test_kill_minus_9_and_resume_gives_the_same_bits(tmp_path, workers):
 def test_another_model_is_refused(tmp_path, corpus):
     small_trainer(tmp_path, corpus).fit(until=4)
     model = nn.ModuleDict({"a": nn.Linear(2, 2)})
-    other = T.Trainer({"generator": model}, {"generator": torch.optim.SGD(model.parameters(), lr=1)},
-                      lambda t, b: {}, SegmentBatches(corpus, 0.05, 4), T.TrainConfig(steps=8), tmp_path)
+    other = T.Trainer(
+        {"generator": model},
+        {"generator": torch.optim.SGD(model.parameters(), lr=1)},
+        lambda t, b: {},
+        SegmentBatches(corpus, 0.05, 4),
+        T.TrainConfig(steps=8),
+        tmp_path,
+    )
     with pytest.raises(T.CheckpointError, match="modules"):
         other.fit()
 
@@ -236,9 +273,15 @@ def gan(folder, corpus, **settings) -> T.Trainer:
             trainer.update("generator", g_loss)
         return {"d_loss": d_loss, "g_loss": g_loss}
 
-    return T.Trainer(modules, optimizers, step, SegmentBatches(corpus, 0.05, 4),
-                     T.TrainConfig(**({"steps": 10, "log_every": 5} | settings)), folder,
-                     {"generator": T.constant(3)})
+    return T.Trainer(
+        modules,
+        optimizers,
+        step,
+        SegmentBatches(corpus, 0.05, 4),
+        T.TrainConfig(**({"steps": 10, "log_every": 5} | settings)),
+        folder,
+        {"generator": T.constant(3)},
+    )
 
 
 def test_two_optimisers_resume_exactly(tmp_path, corpus):
@@ -266,9 +309,14 @@ def test_accumulation_equals_the_large_batch(tmp_path, corpus):
     def weights(batch_size, accumulate):
         torch.manual_seed(0)
         model = nn.Linear(800, 1)
-        trainer = T.Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1),
-                            lambda m, b: (m(b.wav) - 1).pow(2).mean(), SegmentBatches(corpus, 0.05, batch_size),
-                            T.TrainConfig(steps=4, accumulate=accumulate), tmp_path / str(accumulate))
+        trainer = T.Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            lambda m, b: (m(b.wav) - 1).pow(2).mean(),
+            SegmentBatches(corpus, 0.05, batch_size),
+            T.TrainConfig(steps=4, accumulate=accumulate),
+            tmp_path / str(accumulate),
+        )
         trainer.fit()
         return trainer.raw().weight.detach()
 
@@ -279,9 +327,15 @@ def test_clipping_and_schedule_reach_the_optimiser(tmp_path, corpus):
     torch.manual_seed(0)
     model = nn.Linear(800, 1)
     before = model.weight.detach().clone()
-    trainer = T.Trainer(model, torch.optim.SGD(model.parameters(), lr=1.0),
-                        lambda m, b: 1e6 * (m(b.wav) - 1).pow(2).mean(), SegmentBatches(corpus, 0.05, 4),
-                        T.TrainConfig(steps=1, clip=0.5), tmp_path, T.constant(4))
+    trainer = T.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        lambda m, b: 1e6 * (m(b.wav) - 1).pow(2).mean(),
+        SegmentBatches(corpus, 0.05, 4),
+        T.TrainConfig(steps=1, clip=0.5),
+        tmp_path,
+        T.constant(4),
+    )
     trainer.fit()
     change = torch.cat([(trainer.raw().weight - before).flatten()]).norm()
     assert change <= 0.25 * 0.5 + 1e-6
@@ -308,9 +362,15 @@ def test_validation_runs_in_eval_mode(tmp_path, corpus):
 
     torch.manual_seed(0)
     model = nn.Linear(800, 1)
-    trainer = T.Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: m(b.wav).pow(2).mean(),
-                        SegmentBatches(corpus, 0.05, 4), T.TrainConfig(steps=6, log_every=2, validate_every=4),
-                        tmp_path, validate=validate)
+    trainer = T.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda m, b: m(b.wav).pow(2).mean(),
+        SegmentBatches(corpus, 0.05, 4),
+        T.TrainConfig(steps=6, log_every=2, validate_every=4),
+        tmp_path,
+        validate=validate,
+    )
     history = trainer.fit()
     assert modes == [False, False]
     assert [("valid_loss" in row) for row in history] == [False, True, True]
@@ -327,8 +387,14 @@ def test_a_loss_that_is_not_finite_stops_with_a_report(tmp_path, corpus, value):
     def loss(m, batch):
         return m(batch.wav).pow(2).mean() * (float(value) if bad in batch.ids else 1)
 
-    trainer = T.Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, segments,
-                        T.TrainConfig(steps=9, save_every=2), tmp_path)
+    trainer = T.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss,
+        segments,
+        T.TrainConfig(steps=9, save_every=2),
+        tmp_path,
+    )
     with pytest.raises(T.NonFiniteLoss, match=rf"step 5.*{value}.*{bad}.*step-00000004"):
         trainer.fit()
     assert all(torch.isfinite(p).all() for p in trainer.raw().parameters())
@@ -348,9 +414,15 @@ def run_processes(world: int, folder: Path, what: str) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    subprocess.run([sys.executable, str(HERE / "two_processes.py"), str(world), str(folder), what], check=True,
-                   env=os.environ | {"TEST_PORT": port}, stderr=subprocess.PIPE)
-    return [torch.load(folder / f"{what}-{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    subprocess.run(
+        [sys.executable, str(HERE / "two_processes.py"), str(world), str(folder), what],
+        check=True,
+        env=os.environ | {"TEST_PORT": port},
+        stderr=subprocess.PIPE,
+    )
+    return [
+        torch.load(folder / f"{what}-{world}-{rank}.pt", weights_only=True) for rank in range(world)
+    ]
 
 
 def test_two_processes_equal_one(tmp_path):

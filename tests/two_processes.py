@@ -1,6 +1,6 @@
 """Run by the tests in one or two gloo processes: trains, and prints what came out.
 
-    python two_processes.py WORLD FOLDER linear|rvq
+python two_processes.py WORLD FOLDER linear|rvq
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import torch.multiprocessing as mp
 
 
 def worker(rank: int, world: int, folder: str, what: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["TEST_PORT"],
-                   "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": os.environ["TEST_PORT"],
+        "ACCELERATE_USE_CPU": "true",
+    }
     torch.set_num_threads(1)
     result = train_linear(Path(folder)) if what == "linear" else train_rvq(rank, world)
     torch.save(result, Path(folder) / f"{what}-{world}-{rank}.pt")
@@ -30,10 +35,15 @@ def train_linear(folder: Path) -> dict:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(1600, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     batches = SegmentBatches(embedded_corpus("smoke"), 0.1, 4)
-    trainer = Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-2),
-                      lambda m, b: (m(b.wav) - 1).pow(2).mean(), batches,
-                      TrainConfig(steps=6, accumulate=2, log_every=2, save_every=3),
-                      folder / f"run-{os.environ['WORLD_SIZE']}", cosine(6, 2))
+    trainer = Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        lambda m, b: (m(b.wav) - 1).pow(2).mean(),
+        batches,
+        TrainConfig(steps=6, accumulate=2, log_every=2, save_every=3),
+        folder / f"run-{os.environ['WORLD_SIZE']}",
+        cosine(6, 2),
+    )
     history = trainer.fit()
     return {"weights": trainer.raw().state_dict(), "loss": [row["loss"] for row in history]}
 
@@ -47,8 +57,10 @@ def train_rvq(rank: int, world: int) -> dict:
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
     found = {}
-    for name, settings in {"fixed": {"kmeans_iterations": 0, "revive_below": 0.0},
-                           "random": {"kmeans_iterations": 5, "revive_below": 0.5, "decay": 0.9}}.items():
+    for name, settings in {
+        "fixed": {"kmeans_iterations": 0, "revive_below": 0.0},
+        "random": {"kmeans_iterations": 5, "revive_below": 0.5, "decay": 0.9},
+    }.items():
         torch.manual_seed(0)
         rvq = ResidualVQ(RVQConfig(dim=4, n_q=3, codebook_size=16, **settings))
         generator = torch.Generator().manual_seed(1)
@@ -56,7 +68,7 @@ def train_rvq(rank: int, world: int) -> dict:
         for _ in range(30):
             z = torch.randn(4, 4, 25, generator=generator) + 1
             rvq(z[rank::world])
-        found[name] = {key: value for key, value in rvq.state_dict().items()}
+        found[name] = dict(rvq.state_dict().items())
     if world > 1:
         dist.destroy_process_group()
     return found

@@ -41,10 +41,12 @@ def check_sample_rate(
     sample_rate: int,  # samples per second
     name: str = "sample_rate",
 ) -> int:
-    "Return `sample_rate` as an int; raise `AudioError` unless it is a whole number of 1000 to 384000 Hz."
+    "Return `sample_rate` as an int; raise unless it is a whole number of Hz in [1000, 384000]."
     whole = isinstance(sample_rate, (int, np.integer)) and not isinstance(sample_rate, bool)
     if not whole or not 1000 <= sample_rate <= 384_000:
-        raise AudioError(f"{name} is {sample_rate!r}; it must be a whole number of Hz in [1000, 384000]")
+        raise AudioError(
+            f"{name} is {sample_rate!r}; it must be a whole number of Hz in [1000, 384000]"
+        )
     return int(sample_rate)
 
 # %% ../../nbs/foundations/01_audio.ipynb #b4a27d7d
@@ -66,14 +68,18 @@ def check_wav(
     if wav.dtype != torch.float32:
         raise AudioError(f"{name} is {wav.dtype}; it must be torch.float32 in [-1, 1]")
     if wav.numel() == 0 or wav.shape[-1] < min_samples:
-        raise AudioError(f"{name} has {wav.shape[-1]} samples in {wav.shape[0]} signals; "
-                         f"at least {max(1, min_samples)} are needed")
+        raise AudioError(
+            f"{name} has {wav.shape[-1]} samples in {wav.shape[0]} signals; "
+            f"at least {max(1, min_samples)} are needed"
+        )
     peak = wav.detach().abs().max()
     if not torch.isfinite(peak):
         raise AudioError(f"{name} contains NaN or infinite samples")
     if peak > 1.0001:
-        raise AudioError(f"{name} peaks at {peak:.4g}; samples must lie in [-1, 1] "
-                         "(16-bit integers must be divided by 32768)")
+        raise AudioError(
+            f"{name} peaks at {peak:.4g}; samples must lie in [-1, 1] "
+            "(16-bit integers must be divided by 32768)"
+        )
     if not allow_silent and (wav.detach().abs().amax(dim=-1) == 0).any():
         raise AudioError(f"{name} is silent: every sample of at least one signal is zero")
     if not allow_clipped and (wav.detach().abs() >= 0.999).float().mean(dim=-1).max() > 0.01:
@@ -89,11 +95,15 @@ def _check_riff(data: bytes, path: Path) -> None:
         if tag == b"fmt " and position + 22 <= len(data):
             align = max(1, struct.unpack_from("<H", data, position + 20)[0])
         if position + 8 + size > len(data):
-            raise AudioError(f"{path}: truncated WAV: chunk {tag!r} promises {size} bytes, "
-                             f"the file has {len(data) - position - 8}")
+            raise AudioError(
+                f"{path}: truncated WAV: chunk {tag!r} promises {size} bytes, "
+                f"the file has {len(data) - position - 8}"
+            )
         if tag == b"data":
             if size % align:
-                raise AudioError(f"{path}: damaged WAV: {size} data bytes are no whole number of frames")
+                raise AudioError(
+                    f"{path}: damaged WAV: {size} data bytes are no whole number of frames"
+                )
             return
         position += 8 + size + (size & 1)
     raise AudioError(f"{path}: truncated WAV: it has no data chunk")
@@ -159,8 +169,10 @@ def load_wav(
         data = path.read_bytes()
     samples, found = _decode(data, path)
     if sample_rate is not None and found != check_sample_rate(sample_rate) and not resample_to_rate:
-        raise AudioError(f"{path}: sample rate is {found} Hz, wanted {sample_rate} Hz; "
-                         "pass resample_to_rate=True to convert it")
+        raise AudioError(
+            f"{path}: sample rate is {found} Hz, wanted {sample_rate} Hz; "
+            "pass resample_to_rate=True to convert it"
+        )
     if samples.shape[1] > 1 and not mono:
         raise AudioError(f"{path}: {samples.shape[1]} channels; pass mono=True to average them")
     if start < 0 or (seconds is not None and seconds <= 0):
@@ -168,8 +180,10 @@ def load_wav(
     first = round(start * found)
     last = len(samples) if seconds is None else first + round(seconds * found)
     if first >= len(samples) or last > len(samples):
-        raise AudioError(f"{path}: has {len(samples) / found:.3f} s; "
-                         f"start={start}, seconds={seconds} reaches past its end")
+        raise AudioError(
+            f"{path}: has {len(samples) / found:.3f} s; "
+            f"start={start}, seconds={seconds} reaches past its end"
+        )
     wav = torch.from_numpy(samples[first:last].mean(axis=1, dtype=np.float32)).view(1, 1, -1)
     wav = check_wav(wav.clamp(-1, 1), f"{path}")
     if sample_rate is not None and found != sample_rate:
@@ -197,8 +211,9 @@ def _decode(data: bytes, path: Path | str) -> tuple[np.ndarray, int]:
             _check_flac_md5(data, samples, _FLAC_BITS[subtype], path)
             samples = (samples / 2.0**31).astype(np.float32)
     elif kind not in ("MP3", "MPEG"):
-        raise AudioError(f"{path}: {kind} files cannot be checked for completeness; "
-                         "convert it to WAV or FLAC")
+        raise AudioError(
+            f"{path}: {kind} files cannot be checked for completeness; convert it to WAV or FLAC"
+        )
     if kind in ("MP3", "MPEG"):
         _check_mp3(data, path)
     if len(samples) == 0 or (promised != len(samples)):
@@ -230,7 +245,9 @@ def _check_mp3(data: bytes, path: Path) -> None:
     "Raise unless the file is an unbroken chain of whole frames, as many as a Xing header promises."
     position = 0
     if data[:3] == b"ID3":
-        position = 10 + sum((byte & 127) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
+        position = 10 + sum(
+            (byte & 127) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0))
+        )
     end = len(data) - (128 if data[-128:-125] == b"TAG" else 0)
     first, frames = data[position : position + 200], 0
     while position < end:
@@ -277,7 +294,9 @@ def encode_audio(
     options = {"compression_level": 0.5} if kind in ("ogg", "mp3") else {}
     buffer = io.BytesIO()
     samples = wav.detach().cpu().reshape(-1).clamp(-1, 1).numpy()
-    soundfile.write(buffer, samples, sample_rate, format=kind.upper(), subtype=subtypes[kind], **options)
+    soundfile.write(
+        buffer, samples, sample_rate, format=kind.upper(), subtype=subtypes[kind], **options
+    )
     return buffer.getvalue()
 
 # %% ../../nbs/foundations/01_audio.ipynb #c883daae
@@ -312,7 +331,9 @@ def loudness(
     "Integrated loudness by ITU-R BS.1770-4 (torchaudio). Silence has none and is an error."
     check_sample_rate(sample_rate)
     check_wav(wav, min_samples=math.ceil(0.4 * sample_rate), allow_silent=False)
-    gain = 0.25 / wav.abs().amax(dim=(1, 2), keepdim=True).clamp(min=0.25)  # torchaudio's filters clip
+    gain = 0.25 / wav.abs().amax(dim=(1, 2), keepdim=True).clamp(
+        min=0.25
+    )  # torchaudio's filters clip
     level = torchaudio.functional.loudness(wav * gain, sample_rate) - 20 * gain.flatten().log10()
     if not torch.isfinite(level).all():
         raise AudioError("wav is too quiet: no 0.4 s block lies above the meter's gate of -70 LUFS")
@@ -361,12 +382,23 @@ class LogMel(nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dead filters are reported below, by number
             self.transform = torchaudio.transforms.MelSpectrogram(
-                sample_rate, n_fft, hop_length=hop_length, n_mels=n_mels, f_min=f_min,
-                f_max=f_max, power=power, center=center, norm=None, mel_scale="htk",
+                sample_rate,
+                n_fft,
+                hop_length=hop_length,
+                n_mels=n_mels,
+                f_min=f_min,
+                f_max=f_max,
+                power=power,
+                center=center,
+                norm=None,
+                mel_scale="htk",
             )
         if len(self.dead_filters()):
-            warnings.warn(f"mel filters {self.dead_filters().tolist()} have no weight: lower n_mels "
-                          f"({n_mels}) or raise n_fft ({n_fft})", stacklevel=2)
+            warnings.warn(
+                f"mel filters {self.dead_filters().tolist()} have no weight: lower n_mels "
+                f"({n_mels}) or raise n_fft ({n_fft})",
+                stacklevel=2,
+            )
 
     def dead_filters(self) -> Tensor:
         "Indices of mel filters too narrow to hold a single FFT bin; they always read `floor`."
@@ -437,8 +469,15 @@ def plot_codes(
     title: str = "",
 ) -> plt.Axes:
     "Draw token indices as an image: one row per quantiser, one column per frame."
-    if not isinstance(codes, Tensor) or codes.dim() != 3 or codes.numel() == 0 or codes.is_floating_point():
-        raise AudioError(f"codes is {_describe(codes)}; it must be an integer tensor (B, n_q, frames)")
+    if (
+        not isinstance(codes, Tensor)
+        or codes.dim() != 3
+        or codes.numel() == 0
+        or codes.is_floating_point()
+    ):
+        raise AudioError(
+            f"codes is {_describe(codes)}; it must be an integer tensor (B, n_q, frames)"
+        )
     n_q = codes.shape[1]
     ax = ax or plt.subplots(figsize=(8, 0.6 + 0.22 * n_q), layout="constrained")[1]
     top = (codebook_size or int(codes.max()) + 1) - 1
@@ -472,19 +511,33 @@ def mel_to_wav(
     if not torch.isfinite(mel).all():
         raise AudioError("mel contains NaN or infinite values")
     bank = torchaudio.functional.melscale_fbanks(
-        n_fft // 2 + 1, f_min, f_max or sample_rate / 2, mel.shape[1], check_sample_rate(sample_rate))
+        n_fft // 2 + 1,
+        f_min,
+        f_max or sample_rate / 2,
+        mel.shape[1],
+        check_sample_rate(sample_rate),
+    )
     inverse = torch.linalg.pinv(bank.T).to(mel.device)
     magnitudes = (inverse @ (10.0 ** mel.float())).clamp(min=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the starting phase: the same sound for the same mel
         wav = torchaudio.functional.griffinlim(
-            magnitudes, torch.hann_window(n_fft, device=mel.device), n_fft, hop_length, n_fft,
-            power=1.0, n_iter=n_iter, momentum=0.99, length=length, rand_init=True)
+            magnitudes,
+            torch.hann_window(n_fft, device=mel.device),
+            n_fft,
+            hop_length,
+            n_fft,
+            power=1.0,
+            n_iter=n_iter,
+            momentum=0.99,
+            length=length,
+            rand_init=True,
+        )
     return (wav / wav.abs().amax(dim=-1, keepdim=True).clamp(min=1.0)).unsqueeze(1)
 
-# %% ../../nbs/foundations/01_audio.ipynb #6ebab846
+# %% ../../nbs/foundations/01_audio.ipynb #7e2518f5
 class Player:
-    "Sound in a notebook cell: compressed, self-contained, with a transcript. See `compare_players`."
+    "Sound in a cell: compressed, self-contained, with a transcript. See `compare_players`."
 
     def __init__(
         self,
@@ -497,7 +550,10 @@ class Player:
             raise AudioError("clips is empty; a player needs at least one")
         most = round(max_seconds * check_sample_rate(sample_rate))
         self.sample_rate, self.transcript = sample_rate, transcript
-        self.clips = {str(label): check_wav(wav, f"wav {label!r}")[:1, :, :most] for label, wav in clips.items()}
+        self.clips = {
+            str(label): check_wav(wav, f"wav {label!r}")[:1, :, :most]
+            for label, wav in clips.items()
+        }
 
     def html(self) -> str:
         "The player as an HTML table, one row per clip."
@@ -505,13 +561,18 @@ class Player:
         for label, wav in self.clips.items():
             sound = base64.b64encode(encode_audio(wav, self.sample_rate, "mp3")).decode()
             name = html.escape(label)
-            rows.append(f"<tr><td>{name}</td><td><audio controls preload=\"none\" "
-                        f"aria-label=\"{name}\" src=\"data:audio/mpeg;base64,{sound}\"></audio></td></tr>")
-        caption = f"<caption>“{html.escape(self.transcript)}”</caption>" if self.transcript else ""
-        return f"<table class=\"players\">{caption}{''.join(rows)}</table>"
+            rows.append(
+                f'<tr><td>{name}</td><td><audio controls preload="none" '
+                f'aria-label="{name}" src="data:audio/mpeg;base64,{sound}"></audio></td></tr>'
+            )
+        said = html.escape(self.transcript)
+        caption = f"<caption>“{said}”</caption>" if said else ""
+        return f'<table class="players">{caption}{"".join(rows)}</table>'
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        seconds = ", ".join(f"{k} ({v.shape[-1] / self.sample_rate:.2f} s)" for k, v in self.clips.items())
+        seconds = ", ".join(
+            f"{k} ({v.shape[-1] / self.sample_rate:.2f} s)" for k, v in self.clips.items()
+        )
         kind = "text/html" if "google.colab" in sys.modules else "text/markdown"
         return {kind: self.html(), "text/plain": f"audio: {seconds}"}
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .audio import AudioError, check_sample_rate, load_wav, resample
+from .audio import AudioError, check_sample_rate, load_wav
 from .machine import Scale, cache_folder, data_file
 from .phonemes import ACCENTS, PAUSE, Phone, Request, Voice, run_worker
 
@@ -51,7 +51,9 @@ def voices(
     "The voices of the embedded corpus by name; `v..` are for training, `h..` are held out."
     found = {}
     for row in _definitions()[0]["voices"]:
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k != "held_out"}
+        kept = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k != "held_out"
+        }
         if held_out is None or row["held_out"] == held_out:
             found[row["name"]] = Voice(**kept)
     return found
@@ -105,9 +107,15 @@ def _from_template(split: str, words: dict, rng: np.random.Generator) -> str:
     others = words["objects"]["held_out" if unseen else "train"]
     filled = pick(words["templates"][kind]).format(
         noun=pick(words["nouns"]["held_out" if unseen == "noun" else "train"]),
-        object=thing, object2=pick([other for other in others if other != thing]),
-        verb=verb[0], base=verb[1], adj=pick(words["adjectives"]), name=pick(words["names"]),
-        number=pick(words["numbers"]), phrase=phrase, Phrase=phrase.capitalize(),
+        object=thing,
+        object2=pick([other for other in others if other != thing]),
+        verb=verb[0],
+        base=verb[1],
+        adj=pick(words["adjectives"]),
+        name=pick(words["names"]),
+        number=pick(words["numbers"]),
+        phrase=phrase,
+        Phrase=phrase.capitalize(),
     )
     return filled[0].upper() + filled[1:]
 
@@ -122,9 +130,11 @@ class Entry:
     accent: str | None = None
     text: str | None = None
     split: str = "train"
-    phones: tuple[Phone, ...] | None = None  # exact boundaries in samples, where the source has them
+    phones: tuple[Phone, ...] | None = (
+        None  # exact boundaries in samples, where the source has them
+    )
     words: tuple[tuple[int, str], ...] | None = None  # first sample and spelling
-    source: object = field(default=None, repr=False, compare=False)  # for the reader: path, offset…
+    source: object = field(default=None, repr=False, compare=False)  # for the reader
 
 
 @dataclass
@@ -155,7 +165,9 @@ class Corpus(Sequence):
         self.sample_rate = check_sample_rate(sample_rate)
         ids = Counter(entry.id for entry in self.entries)
         if len(ids) < len(self.entries):
-            raise ValueError(f"{name}: utterance ids must be unique; {ids.most_common(1)[0][0]!r} is not")
+            raise ValueError(
+                f"{name}: utterance ids must be unique; {ids.most_common(1)[0][0]!r} is not"
+            )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -220,8 +232,10 @@ class Corpus(Sequence):
         }
 
     def __repr__(self) -> str:
-        return (f"Corpus({self.name}: {len(self)} utterances, {self.seconds / 60:.1f} min, "
-                f"{len(self.speakers)} speakers, {self.sample_rate} Hz)")
+        return (
+            f"Corpus({self.name}: {len(self)} utterances, {self.seconds / 60:.1f} min, "
+            f"{len(self.speakers)} speakers, {self.sample_rate} Hz)"
+        )
 
 # %% ../../nbs/foundations/03_corpus.ipynb #fd79f0e3
 CORPUS_SIZES = {  # size -> utterances in train, valid, test
@@ -271,16 +285,32 @@ def _build(folder: Path, size: str, sample_rate: int, seed: int, workers: int) -
         out = folder / f"shard-{number:03d}"
         made = run_worker([request for _, _, request in shards[number]], sample_rate, out)
         checksum = zlib.crc32(out.with_suffix(".i16").read_bytes())
-        rows = [{"id": name, "split": split, "speaker": request.voice.name, "accent": request.accent,
-                 "text": request.text} | row
-                for (name, split, request), row in zip(shards[number], made["made"])]
+        rows = [
+            {
+                "id": name,
+                "split": split,
+                "speaker": request.voice.name,
+                "accent": request.accent,
+                "text": request.text,
+            }
+            | row
+            for (name, split, request), row in zip(shards[number], made["made"])
+        ]
         out.with_suffix(".json").write_text(json.dumps(rows, ensure_ascii=False))
-        return {"crc32": checksum, "rows_crc32": zlib.crc32(out.with_suffix(".json").read_bytes()),
-                "espeak": made["espeak"]}
+        return {
+            "crc32": checksum,
+            "rows_crc32": zlib.crc32(out.with_suffix(".json").read_bytes()),
+            "espeak": made["espeak"],
+        }
 
     with ThreadPoolExecutor(workers) as pool:  # each thread waits for one worker process
-        bar = tqdm(pool.map(build_shard, range(len(shards))), f"corpus {size}", len(shards),
-                   disable=len(shards) < 3, unit="shard")
+        bar = tqdm(
+            pool.map(build_shard, range(len(shards))),
+            f"corpus {size}",
+            len(shards),
+            disable=len(shards) < 3,
+            unit="shard",
+        )
         index = {"size": size, "sample_rate": sample_rate, "seed": seed, "shards": list(bar)}
     (folder / "index.json").write_text(json.dumps(index, indent=1))
 
@@ -346,10 +376,19 @@ def _open_embedded(place: Path, sample_rate: int, name: str) -> Corpus:
     for number in range(len(json.loads((place / "index.json").read_text())["shards"])):
         offset, path = 0, place / f"shard-{number:03d}.i16"
         for row in json.loads(path.with_suffix(".json").read_text()):
-            entries.append(Entry(
-                row["id"], row["length"], row["speaker"], row["accent"], row["text"], row["split"],
-                tuple(Phone(*p) for p in row["phones"]), tuple((s, w) for s, w in row["words"]),
-                (str(path), offset)))
+            entries.append(
+                Entry(
+                    row["id"],
+                    row["length"],
+                    row["speaker"],
+                    row["accent"],
+                    row["text"],
+                    row["split"],
+                    tuple(Phone(*p) for p in row["phones"]),
+                    tuple((s, w) for s, w in row["words"]),
+                    (str(path), offset),
+                )
+            )
             offset += row["length"]
     return Corpus(entries, _read_shard, sample_rate, name)
 
@@ -381,8 +420,10 @@ def _file_entry(path: Path, name: str, sample_rate: int, resampled: bool, **know
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"{path}: not readable as audio: {error}") from None
     if info.samplerate != sample_rate and not resampled:
-        raise AudioError(f"{path}: sample rate is {info.samplerate} Hz, the corpus has {sample_rate} Hz; "
-                         "pass resample_to_rate=True to convert")
+        raise AudioError(
+            f"{path}: sample rate is {info.samplerate} Hz, the corpus has {sample_rate} Hz; "
+            "pass resample_to_rate=True to convert"
+        )
     samples = -(-info.frames * sample_rate // info.samplerate)
     return Entry(name, samples, source=(str(path), sample_rate), **known)
 
@@ -401,7 +442,7 @@ def folder_corpus(
     resample_to_rate: bool = False,  # convert files of another rate; else they are an error
     speaker: Callable[[Path], str] | None = None,  # path -> speaker; None: the parent folder's name
 ) -> Corpus:
-    "All audio files below a folder; transcripts from `.txt` files of the same name. Splits by hash."
+    "All audio files below a folder, with transcripts from `.txt` files. Splits by hash."
     folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS)
     if not paths:
@@ -410,13 +451,20 @@ def folder_corpus(
     for path in paths:
         text_path = path.with_suffix(".txt")
         name = path.relative_to(folder).as_posix()
-        entries.append(_file_entry(
-            path, name, check_sample_rate(sample_rate), resample_to_rate, split=split_of(name),
-            speaker=speaker(path) if speaker else path.parent.name,
-            text=text_path.read_text(encoding="utf-8").strip() if text_path.exists() else None))
+        entries.append(
+            _file_entry(
+                path,
+                name,
+                check_sample_rate(sample_rate),
+                resample_to_rate,
+                split=split_of(name),
+                speaker=speaker(path) if speaker else path.parent.name,
+                text=text_path.read_text(encoding="utf-8").strip() if text_path.exists() else None,
+            )
+        )
     return Corpus(entries, _read_file, sample_rate, folder.name)
 
-
+# %% ../../nbs/foundations/03_corpus.ipynb #30a1741b
 def ljspeech_corpus(
     folder: str | os.PathLike,  # holds metadata.csv and wavs/
     sample_rate: int = 22050,  # Hz
@@ -429,32 +477,50 @@ def ljspeech_corpus(
     with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE) if row]
     entries = [
-        _file_entry(folder / "wavs" / f"{row[0]}.wav", row[0], sample_rate, resample_to_rate,
-                    speaker="LJ", text=row[-1], split=split_of(row[0]))
-        for row in rows if (folder / "wavs" / f"{row[0]}.wav").exists()
+        _file_entry(
+            folder / "wavs" / f"{row[0]}.wav",
+            row[0],
+            sample_rate,
+            resample_to_rate,
+            speaker="LJ",
+            text=row[-1],
+            split=split_of(row[0]),
+        )
+        for row in rows
+        if (folder / "wavs" / f"{row[0]}.wav").exists()
     ]
     if not entries:
         raise AudioError(f"{folder}: metadata.csv names {len(rows)} clips, none is in wavs/")
     if len(entries) < len(rows):
-        warnings.warn(f"{folder}: {len(rows) - len(entries)} of {len(rows)} clips are missing", stacklevel=2)
+        warnings.warn(
+            f"{folder}: {len(rows) - len(entries)} of {len(rows)} clips are missing", stacklevel=2
+        )
     return Corpus(entries, _read_file, sample_rate, "ljspeech")
 
-
+# %% ../../nbs/foundations/03_corpus.ipynb #cb7a63f1
 def librispeech_corpus(
     folder: str | os.PathLike,  # e.g. LibriSpeech/train-clean-100
     sample_rate: int = 16000,  # Hz
     resample_to_rate: bool = False,
 ) -> Corpus:
-    "A folder laid out like LibriSpeech: `speaker/chapter/*.flac` and `*.trans.txt`. Splits by speaker."
+    "A folder like LibriSpeech's: `speaker/chapter/*.flac`, `*.trans.txt`. Splits by speaker."
     folder = Path(folder)
     entries = []
     for transcripts in sorted(folder.rglob("*.trans.txt")):
         for line in transcripts.read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(" ")
             person = name.split("-")[0]
-            entries.append(_file_entry(
-                transcripts.parent / f"{name}.flac", name, sample_rate, resample_to_rate,
-                speaker=person, text=text, split=split_of(person)))
+            entries.append(
+                _file_entry(
+                    transcripts.parent / f"{name}.flac",
+                    name,
+                    sample_rate,
+                    resample_to_rate,
+                    speaker=person,
+                    text=text,
+                    split=split_of(person),
+                )
+            )
     if not entries:
         raise AudioError(f"{folder}: no *.trans.txt below it, so this is no LibriSpeech folder")
     return Corpus(entries, _read_file, sample_rate, folder.name)
@@ -465,7 +531,13 @@ HUB_CORPORA = {  # name -> arguments of datasets.load_dataset, and the columns' 
     "libritts-r": ({"path": "blabble-io/libritts_r", "name": "clean"}, {"text": "text_normalized"}),
     "vctk": ({"path": "sanchit-gandhi/vctk"}, {}),
 }
-_COLUMNS = {"id": "id", "audio": "audio", "text": "text", "speaker": "speaker_id", "accent": "accent"}
+_COLUMNS = {
+    "id": "id",
+    "audio": "audio",
+    "text": "text",
+    "speaker": "speaker_id",
+    "accent": "accent",
+}
 
 
 def _hub_dataset(name: str, split: str, streaming: bool, options: dict):
@@ -484,10 +556,18 @@ def _hub_bytes(value: dict) -> bytes:
     return value["bytes"] if value.get("bytes") else Path(value["path"]).read_bytes()
 
 
-def _hub_utterance(row: dict, columns: dict, number: int, split: str, sample_rate: int) -> Utterance:
+def _hub_utterance(
+    row: dict, columns: dict, number: int, split: str, sample_rate: int
+) -> Utterance:
     "Decode one row of a hub dataset."
-    wav, _ = load_wav(_hub_bytes(row[columns["audio"]]), sample_rate, resample_to_rate=True, mono=True)
-    known = {k: str(row[columns[k]]) for k in ("text", "speaker", "accent") if row.get(columns[k]) is not None}
+    wav, _ = load_wav(
+        _hub_bytes(row[columns["audio"]]), sample_rate, resample_to_rate=True, mono=True
+    )
+    known = {
+        k: str(row[columns[k]])
+        for k in ("text", "speaker", "accent")
+        if row.get(columns[k]) is not None
+    }
     name = str(row.get(columns["id"]) or f"{split}-{number:07d}")
     return Utterance(wav, sample_rate, Entry(name, wav.shape[-1], split=split, **known))
 
@@ -501,7 +581,9 @@ class StreamedCorpus:
 
     def skip(self, count: int) -> "StreamedCorpus":
         "The same stream without its first `count` utterances."
-        return StreamedCorpus(self.name, self._split, self.sample_rate, self._options, self.skipped + count)
+        return StreamedCorpus(
+            self.name, self._split, self.sample_rate, self._options, self.skipped + count
+        )
 
     def __iter__(self) -> Iterator[Utterance]:
         rows, columns = _hub_dataset(self.name, self._split, True, self._options)
@@ -526,11 +608,20 @@ def hub_corpus(
     for number in tqdm(range(len(rows)), f"lengths of {name}", disable=len(rows) < 1000):
         info = soundfile.info(io.BytesIO(_hub_bytes(rows[number][columns["audio"]])))
         row = plain[number]
-        known = {k: str(row[columns[k]]) for k in ("text", "speaker", "accent")
-                 if row.get(columns[k]) is not None}
-        entries.append(Entry(str(row.get(columns["id"]) or f"{split}-{number:07d}"),
-                             -(-info.frames * sample_rate // info.samplerate), split=split,
-                             source=number, **known))
+        known = {
+            k: str(row[columns[k]])
+            for k in ("text", "speaker", "accent")
+            if row.get(columns[k]) is not None
+        }
+        entries.append(
+            Entry(
+                str(row.get(columns["id"]) or f"{split}-{number:07d}"),
+                -(-info.frames * sample_rate // info.samplerate),
+                split=split,
+                source=number,
+                **known,
+            )
+        )
 
     def read(entry: Entry, start: int, stop: int) -> Tensor:
         row = rows[entry.source]
@@ -576,15 +667,21 @@ def collate(
     for row, wav in enumerate(wavs):
         padded[row, 0, : wav.shape[-1]] = wav[0, 0]
     mask = torch.arange(total) < lengths[:, None]
-    return Batch(padded, mask, [e.id for e in entries], [e.speaker for e in entries],
-                 [e.text for e in entries], list(starts or [0] * len(wavs)))
+    return Batch(
+        padded,
+        mask,
+        [e.id for e in entries],
+        [e.speaker for e in entries],
+        [e.text for e in entries],
+        list(starts or [0] * len(wavs)),
+    )
 
 # %% ../../nbs/foundations/03_corpus.ipynb #b7aeb70e
 class Batches(Dataset):
     "Batches by step number. A subclass says which utterances and samples make up a step."
 
     def __init__(self, corpus: Corpus, batch_size: int, seed: int = 0):
-        if not 1 <= batch_size:
+        if not batch_size >= 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if not len(corpus):
             raise ValueError("corpus is empty; there is nothing to make batches of")
@@ -594,7 +691,9 @@ class Batches(Dataset):
     def shard(self, rank: int, world: int) -> "Batches":
         "Let this process see rows rank, rank + world, … of every batch."
         if self.batch_size % world:
-            raise ValueError(f"batch_size {self.batch_size} cannot be shared by {world} processes evenly")
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {world} processes evenly"
+            )
         self.rank, self.world = rank, world
         return self
 
@@ -604,9 +703,12 @@ class Batches(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         rows = self._plan(int(step))[self.rank :: self.world]
-        return collate([self.corpus.read(*row) for row in rows],
-                       [self.corpus.entries[row[0]] for row in rows],
-                       [row[1] for row in rows], self._length(rows))
+        return collate(
+            [self.corpus.read(*row) for row in rows],
+            [self.corpus.entries[row[0]] for row in rows],
+            [row[1] for row in rows],
+            self._length(rows),
+        )
 
     def _length(self, rows: list[tuple[int, int, int]]) -> int | None:
         return None
@@ -671,15 +773,21 @@ class BucketBatches(Batches):
         super().__init__(corpus, batch_size, seed)
         self.window, self.epoch_steps = window, len(corpus) // batch_size
         if not self.epoch_steps:
-            raise ValueError(f"batch_size {batch_size} exceeds the corpus's {len(corpus)} utterances")
+            raise ValueError(
+                f"batch_size {batch_size} exceeds the corpus's {len(corpus)} utterances"
+            )
         self._lengths = corpus.lengths
 
-    @lru_cache(maxsize=4)  # noqa: B019, a few epochs of one object
+    @lru_cache(maxsize=4)
     def _epoch(self, epoch: int) -> list[np.ndarray]:
-        order = _epoch_order(self.seed, epoch, len(self.corpus))[: self.epoch_steps * self.batch_size]
+        order = _epoch_order(self.seed, epoch, len(self.corpus))[
+            : self.epoch_steps * self.batch_size
+        ]
         span = self.window * self.batch_size
-        parts = [part[np.argsort(self._lengths[part], kind="stable")]
-                 for part in np.split(order, range(span, len(order), span))]
+        parts = [
+            part[np.argsort(self._lengths[part], kind="stable")]
+            for part in np.split(order, range(span, len(order), span))
+        ]
         groups = np.concatenate(parts).reshape(-1, self.batch_size)
         return list(groups[np.random.default_rng((self.seed, epoch, 2)).permutation(len(groups))])
 

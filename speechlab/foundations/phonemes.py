@@ -89,7 +89,7 @@ _SPEAKABLE = re.compile(r"[A-Za-z0-9 .,;:!?'\"()\-]+")
 def clean_text(
     text: str,  # English
 ) -> str:
-    "Normalise quotes, dashes and spaces; raise `ValueError` on anything espeak-ng would not read out."
+    "Normalise quotes, dashes and spaces; raise `ValueError` on what espeak-ng cannot read out."
     if not isinstance(text, str):
         raise ValueError(f"text is a {type(text).__name__}; it must be a str")
     plain = unicodedata.normalize("NFKC", text)
@@ -114,15 +114,20 @@ class _EventId(ctypes.Union):
 
 class _Event(ctypes.Structure):
     _fields_ = [
-        ("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int), ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p), ("id", _EventId),
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventId),
     ]
 
 
 _CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
 
 # %% ../../nbs/foundations/02_phonemes.ipynb #c82b6691
 def _load_library() -> tuple[ctypes.CDLL, Path]:
@@ -139,7 +144,8 @@ def _load_library() -> tuple[ctypes.CDLL, Path]:
                 return ctypes.CDLL(name), data
         raise RuntimeError(
             "espeak-ng was not found. The package espeakng-loader has no library for this system; "
-            f"install espeak-ng from your package manager. ({error})") from None
+            f"install espeak-ng from your package manager. ({error})"
+        ) from None
 
 # %% ../../nbs/foundations/02_phonemes.ipynb #6b3aa9c9
 class _Engine:
@@ -188,8 +194,11 @@ class _Engine:
 # %% ../../nbs/foundations/02_phonemes.ipynb #0299b701
 def _phones_from_events(events: list, total: int, scale: float) -> list[Phone]:
     "Phones that tile [0, total) without gaps; event samples are multiplied by `scale`."
-    marks = [(0, "")] + [(sample, name.decode("utf-8", "ignore"))
-                         for kind, sample, _, _, name in events if kind == _PHONEME]
+    marks = [(0, "")] + [
+        (sample, name.decode("utf-8", "ignore"))
+        for kind, sample, _, _, name in events
+        if kind == _PHONEME
+    ]
     starts = [min(round(sample * scale), total) for sample, _ in marks] + [total]
     phones: list[Phone] = []
     for (_, name), start, end in zip(marks, starts, starts[1:]):
@@ -205,8 +214,11 @@ def _phones_from_events(events: list, total: int, scale: float) -> list[Phone]:
 
 def _words_from_events(events: list, text: str, scale: float) -> list[tuple[int, str]]:
     "First sample and spelling of each word."
-    return [(round(sample * scale), text[position - 1 : position - 1 + length].strip(".,;:!?\"()"))
-            for kind, sample, position, length, _ in events if kind == _WORD and length > 0]
+    return [
+        (round(sample * scale), text[position - 1 : position - 1 + length].strip('.,;:!?"()'))
+        for kind, sample, position, length, _ in events
+        if kind == _WORD and length > 0
+    ]
 
 # %% ../../nbs/foundations/02_phonemes.ipynb #4fc4199a
 def _finish(samples: np.ndarray, rate: int, seed: int) -> np.ndarray:
@@ -224,7 +236,9 @@ def _finish(samples: np.ndarray, rate: int, seed: int) -> np.ndarray:
     level, peak = np.sqrt(np.mean(sound**2)) + 1e-9, np.abs(sound).max() + 1e-9
     sound = sound * min(32768 * 10 ** (-26 / 20) / level, 0.9 * 32768 / peak)
     noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(total, np.float32)
-    return np.clip(np.rint(sound + 32768 * 10 ** (-66 / 20) * noise), -32768, 32767).astype(np.int16)
+    return np.clip(np.rint(sound + 32768 * 10 ** (-66 / 20) * noise), -32768, 32767).astype(
+        np.int16
+    )
 
 # %% ../../nbs/foundations/02_phonemes.ipynb #01c26013
 @dataclass(frozen=True)
@@ -240,7 +254,9 @@ class Request:
         if self.accent not in ACCENTS:
             raise ValueError(f"accent is {self.accent!r}; it must be one of {', '.join(ACCENTS)}")
         if not 80 <= self.voice.rate <= 400:
-            raise ValueError(f"voice.rate is {self.voice.rate}; it must lie in [80, 400] words a minute")
+            raise ValueError(
+                f"voice.rate is {self.voice.rate}; it must lie in [80, 400] words a minute"
+            )
 
 
 def _worker(requests_path: Path, out: Path) -> None:
@@ -249,16 +265,20 @@ def _worker(requests_path: Path, out: Path) -> None:
     engine, made = _Engine(), []
     with open(out.with_suffix(".i16"), "wb") as file:
         for row in job["requests"]:
-            voice = Voice(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["voice"].items()})
+            voice = Voice(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in row["voice"].items()}
+            )
             raw, events = engine.speak(row["text"], voice, row["accent"])
             samples = _finish(raw, job["sample_rate"], row["seed"])
             scale = job["sample_rate"] / _RATE
             phones = _phones_from_events(events, len(samples), scale)
-            made.append({
-                "length": len(samples),
-                "phones": [[p.ipa, p.start, p.end, p.stress] for p in phones],
-                "words": _words_from_events(events, row["text"], scale),
-            })
+            made.append(
+                {
+                    "length": len(samples),
+                    "phones": [[p.ipa, p.start, p.end, p.stress] for p in phones],
+                    "words": _words_from_events(events, row["text"], scale),
+                }
+            )
             file.write(samples.tobytes())
     out.with_suffix(".json").write_text(json.dumps({"espeak": engine.version, "made": made}))
 
@@ -272,12 +292,16 @@ def run_worker(
     rows = [asdict(r) | {"text": clean_text(r.text)} for r in requests]
     asked = out.with_suffix(".request.json")
     asked.write_text(json.dumps({"sample_rate": sample_rate, "requests": rows}))
-    code = ("import sys, pathlib; from speechlab.foundations.phonemes import _worker; "
-            "_worker(*map(pathlib.Path, sys.argv[1:]))")
+    code = (
+        "import sys, pathlib; from speechlab.foundations.phonemes import _worker; "
+        "_worker(*map(pathlib.Path, sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", code, str(asked), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise RuntimeError(f"the espeak-ng worker failed ({done.returncode}):\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"the espeak-ng worker failed ({done.returncode}):\n{done.stderr[-2000:]}"
+        )
     asked.unlink()
     return json.loads(out.with_suffix(".json").read_text())
 
@@ -296,15 +320,20 @@ def speak_all(
         samples = np.fromfile(out.with_suffix(".i16"), np.int16)
     ends = np.cumsum([row["length"] for row in made])
     return [
-        Spoken(text, samples[end - row["length"] : end], sample_rate,
-               [Phone(*p) for p in row["phones"]], [tuple(w) for w in row["words"]])
+        Spoken(
+            text,
+            samples[end - row["length"] : end],
+            sample_rate,
+            [Phone(*p) for p in row["phones"]],
+            [tuple(w) for w in row["words"]],
+        )
         for text, row, end in zip(texts, made, ends)
     ]
 
 
 def speak(
     text: str,  # English
-    voice: Voice = Voice(),  # noqa: B008, a frozen dataclass
+    voice: Voice = Voice(),
     accent: str = "us",  # a key of ACCENTS
     sample_rate: int = 16000,  # Hz
     seed: int = 0,  # of the noise floor

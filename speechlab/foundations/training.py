@@ -60,7 +60,9 @@ def cosine(
 
     def factor(step: int) -> float:
         done = min(1.0, max(0.0, (step - warmup) / (steps - warmup)))
-        return warmup_factor(step, warmup) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+        return warmup_factor(step, warmup) * (
+            final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+        )
 
     return factor
 
@@ -120,7 +122,8 @@ def load_tree(path: str | os.PathLike, device: torch.device | str = "cpu"):
             structure = (file.metadata() or {}).get("tree")
             if structure is None:
                 raise CheckpointError(f"{path}: a safetensors file, but not a speechlab checkpoint")
-            return _unpack(json.loads(structure), {name: file.get_tensor(name) for name in file.keys()})
+            names = list(file.keys())
+            return _unpack(json.loads(structure), {name: file.get_tensor(name) for name in names})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from None
 
@@ -204,20 +207,15 @@ class NonFiniteLoss(RuntimeError):
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    "Seed Python, NumPy and torch from (seed, step, rank), so that a step draws the same numbers again."
+    "Seed Python, NumPy and torch from (seed, step, rank): a step draws the same numbers again."
     words = np.random.SeedSequence((seed, step, rank)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
 
-# %% ../../nbs/foundations/04_training.ipynb #d6f85d8f
-class Trainer:
-    """Trains modules on `batches[step]` with Accelerate; resumes exactly after any interruption.
-
-    One model: pass the module, its optimiser and `loss(model, batch) -> Tensor` (or a tuple of the
-    loss and a dict of metrics). Several: pass dicts and `step(trainer, batch) -> dict[str, Tensor]`,
-    which calls `trainer.update(name, loss)` once for each optimiser.
-    """
+# %% ../../nbs/foundations/04_training.ipynb #9c5c7b1e
+class _Parts:
+    "Modules, optimisers, schedules and averaged weights of a run, on their devices."
 
     def __init__(
         self,
@@ -234,22 +232,34 @@ class Trainer:
         self.config, self.folder, self._validate = config, Path(folder), validate
         known = AcceleratorState._shared_state
         if known and AcceleratorState().mixed_precision != config.precision:
-            AcceleratorState._reset_state()  # else a second trainer in one process keeps the first's
+            AcceleratorState._reset_state()  # else a second trainer keeps the first one's
         self.accelerator = Accelerator(
-            mixed_precision=config.precision, step_scheduler_with_optimizer=False,
-            cpu=os.environ.get("SPEECHLAB_DEVICE") == "cpu")
+            mixed_precision=config.precision,
+            step_scheduler_with_optimizer=False,
+            cpu=os.environ.get("SPEECHLAB_DEVICE") == "cpu",
+        )
         self._step_function = _single_step(step) if single else step
         modules = {"model": modules} if single else dict(modules)
-        optimizers = {"model": optimizers} if isinstance(optimizers, torch.optim.Optimizer) else dict(optimizers)
-        schedules = {name: schedules for name in optimizers} if callable(schedules) else dict(schedules or {})
+        optimizers = (
+            {"model": optimizers}
+            if isinstance(optimizers, torch.optim.Optimizer)
+            else dict(optimizers)
+        )
+        schedules = (
+            dict.fromkeys(optimizers, schedules) if callable(schedules) else dict(schedules or {})
+        )
         self.schedules = {name: schedules.get(name, constant()) for name in optimizers}
         self.modules = {name: self.accelerator.prepare(module) for name, module in modules.items()}
         self.optimizers = {name: self.accelerator.prepare(o) for name, o in optimizers.items()}
-        self._base_rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
+        self._base_rates = {
+            name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()
+        }
         self.averaged = {}
         if config.ema is not None:
             average = get_ema_multi_avg_fn(config.ema)
-            self.averaged = {n: AveragedModel(self.raw(n), multi_avg_fn=average) for n in self.modules}
+            self.averaged = {
+                n: AveragedModel(self.raw(n), multi_avg_fn=average) for n in self.modules
+            }
         self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
         self.step, self.history = 0, []
         self._window: list[dict[str, Tensor]] = []  # metrics since the last logged row
@@ -264,7 +274,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def frozen(self, name: str) -> Iterator[nn.Module]:
-        "Within the block the module's parameters get no gradient; yields the raw module (for GANs)."
+        "Within the block the module's parameters get no gradient; yields the raw module."
         module = self.raw(name)
         wanted = [p for p in module.parameters() if p.requires_grad]
         for parameter in wanted:
@@ -275,8 +285,12 @@ class Trainer:
             for parameter in wanted:
                 parameter.requires_grad_(True)
 
+# %% ../../nbs/foundations/04_training.ipynb #bd5f57a6
+class _Steps(_Parts):
+    "One optimiser step: seeds, batches, losses, gradients, clipping, averaged weights."
+
     def update(self, name: str, loss: Tensor) -> None:
-        "Back-propagate `loss`; after the last batch of a step also clip and update optimiser `name`."
+        "Back-propagate `loss`; after a step's last batch also clip and update optimiser `name`."
         if not torch.isfinite(loss):
             self._stop(name, f"the loss of {name!r} is {loss.item()}")
         self.accelerator.backward(loss / self.config.accumulate)
@@ -296,44 +310,22 @@ class Trainer:
     def _stop(self, name: str, what: str) -> None:
         last = last_checkpoint(self.folder)
         ids = ", ".join(self._batch.ids) if isinstance(self._batch, Batch) else "unknown"
-        raise NonFiniteLoss(f"step {self.step}: {what}. Batch: {ids}. "
-                            f"Last good checkpoint: {last or 'none was saved yet'}")
-
-    def fit(
-        self,
-        until: int | None = None,  # stop and save after this step; None: config.steps
-        resume: bool = True,  # go on from the newest whole checkpoint in `folder`
-    ) -> list[dict]:  # the rows of metrics.jsonl
-        "Train, from the last checkpoint if there is one."
-        if resume and (found := last_checkpoint(self.folder)):
-            self.load(found)
-        stop = min(until or self.config.steps, self.config.steps)
-        group = self.config.accumulate
-        loader = iter(self.batches.steps(self.step * group, stop * group, self.config.workers))
-        bar = tqdm(total=stop, initial=self.step, disable=not self.accelerator.is_main_process,
-                   unit="step", mininterval=1.0)
-        started = time.perf_counter()
-        while self.step < stop:
-            self._window.append(self._one_step(loader))
-            self.step += 1
-            bar.update()
-            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
-                row = self._log(time.perf_counter() - started)
-                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False)
-            every = self.config.save_every
-            if self.step == stop or (every and self.step % every == 0):
-                self.save()
-        bar.close()
-        return self.history
+        raise NonFiniteLoss(
+            f"step {self.step}: {what}. Batch: {ids}. "
+            f"Last good checkpoint: {last or 'none was saved yet'}"
+        )
 
     def _one_step(self, loader: Iterator[Batch]) -> dict[str, Tensor]:
-        "One update of every optimiser; returns detached metrics averaged over the batches of the step."
+        "One update of every optimiser; detached metrics, averaged over the batches of the step."
         totals: dict[str, Tensor] = {}
         for module in self.modules.values():
             module.train()
         for part in range(self.config.accumulate):
-            seed_step(self.config.seed, self.step * self.config.accumulate + part,
-                      self.accelerator.process_index)
+            seed_step(
+                self.config.seed,
+                self.step * self.config.accumulate + part,
+                self.accelerator.process_index,
+            )
             self._last_of_group = part == self.config.accumulate - 1
             self._batch = next(loader).to(self.accelerator.device)
             with contextlib.ExitStack() as stack:
@@ -349,32 +341,9 @@ class Trainer:
             average.update_parameters(self.raw(name))
         return totals
 
-    def _log(self, seconds: float) -> dict:
-        "Append one row, the mean over the steps since the last one, to metrics.jsonl."
-        row = {"step": self.step}
-        for key in self._window[0]:
-            mean = torch.stack([metrics[key] for metrics in self._window]).mean()
-            row[key] = float(self.accelerator.reduce(mean, "mean"))
-        self._window = []
-        for name, optimizer in self.optimizers.items():
-            row["lr" if len(self.optimizers) == 1 else f"lr_{name}"] = optimizer.param_groups[0]["lr"]
-        every = self.config.validate_every
-        if self._validate and (self.step == self.config.steps or (every and self.step % every == 0)):
-            row |= self._evaluated()
-        row["seconds"] = round(seconds, 3)
-        self.history.append(row)
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        return row
-
-    def _evaluated(self) -> dict[str, float]:
-        "Run the validation function with the modules in eval mode and without gradients."
-        for module in self.modules.values():
-            module.eval()
-        with torch.no_grad():
-            return {key: float(value) for key, value in self._validate(self).items()}
+# %% ../../nbs/foundations/04_training.ipynb #88ed3ae5
+class _Checkpoints(_Steps):
+    "The state of a run, to disk and back."
 
     def state(self) -> dict:
         "Everything that a resumed run needs."
@@ -405,8 +374,9 @@ class Trainer:
         for key in ("modules", "optimizers", "averaged"):
             mine = getattr(self, key)
             if state[key].keys() != mine.keys():
-                raise CheckpointError(f"{checkpoint} holds {key} {sorted(state[key])}, "
-                                      f"this run has {sorted(mine)}")
+                raise CheckpointError(
+                    f"{checkpoint} holds {key} {sorted(state[key])}, this run has {sorted(mine)}"
+                )
         for name in self.modules:
             self.raw(name).load_state_dict(state["modules"][name])
         for name, optimizer in self.optimizers.items():
@@ -415,10 +385,86 @@ class Trainer:
             average.load_state_dict(state["averaged"][name])
         self.step, self.history = state["step"], state["history"]
         device = self.accelerator.device
-        self._window = [{k: torch.tensor(v, device=device) for k, v in row.items()} for row in state["window"]]
+        self._window = [
+            {k: torch.tensor(v, device=device) for k, v in row.items()} for row in state["window"]
+        ]
         if self.accelerator.is_main_process:
             rows = "".join(json.dumps(row) + "\n" for row in self.history)
             (self.folder / "metrics.jsonl").write_text(rows)
+
+# %% ../../nbs/foundations/04_training.ipynb #55503c60
+class Trainer(_Checkpoints):
+    """Trains modules on `batches[step]` with Accelerate; resumes exactly after any interruption.
+
+    One model: pass the module, its optimiser and `loss(model, batch) -> Tensor` (or a tuple of the
+    loss and a dict of metrics). Several: pass dicts and `step(trainer, batch)`, which calls
+    `trainer.update(name, loss)` once for each optimiser and returns a dict of metrics.
+    """
+
+    def fit(
+        self,
+        until: int | None = None,  # stop and save after this step; None: config.steps
+        resume: bool = True,  # go on from the newest whole checkpoint in `folder`
+    ) -> list[dict]:  # the rows of metrics.jsonl
+        "Train, from the last checkpoint if there is one."
+        if resume and (found := last_checkpoint(self.folder)):
+            self.load(found)
+        stop = min(until or self.config.steps, self.config.steps)
+        group = self.config.accumulate
+        loader = iter(self.batches.steps(self.step * group, stop * group, self.config.workers))
+        bar = tqdm(
+            total=stop,
+            initial=self.step,
+            disable=not self.accelerator.is_main_process,
+            unit="step",
+            mininterval=1.0,
+        )
+        started = time.perf_counter()
+        while self.step < stop:
+            self._window.append(self._one_step(loader))
+            self.step += 1
+            bar.update()
+            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                row = self._log(time.perf_counter() - started)
+                bar.set_postfix(
+                    {k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False
+                )
+            every = self.config.save_every
+            if self.step == stop or (every and self.step % every == 0):
+                self.save()
+        bar.close()
+        return self.history
+
+    def _log(self, seconds: float) -> dict:
+        "Append one row, the mean over the steps since the last one, to metrics.jsonl."
+        row = {"step": self.step}
+        for key in self._window[0]:
+            mean = torch.stack([metrics[key] for metrics in self._window]).mean()
+            row[key] = float(self.accelerator.reduce(mean, "mean"))
+        self._window = []
+        for name, optimizer in self.optimizers.items():
+            row["lr" if len(self.optimizers) == 1 else f"lr_{name}"] = optimizer.param_groups[0][
+                "lr"
+            ]
+        every = self.config.validate_every
+        if self._validate and (
+            self.step == self.config.steps or (every and self.step % every == 0)
+        ):
+            row |= self._evaluated()
+        row["seconds"] = round(seconds, 3)
+        self.history.append(row)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def _evaluated(self) -> dict[str, float]:
+        "Run the validation function with the modules in eval mode and without gradients."
+        for module in self.modules.values():
+            module.eval()
+        with torch.no_grad():
+            return {key: float(value) for key, value in self._validate(self).items()}
 
 # %% ../../nbs/foundations/04_training.ipynb #b949bda0
 def _single_step(loss_function: Callable) -> Callable:

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['nearest_codes', 'code_sums', 'draw_rows', 'kmeans', 'RVQConfig', 'Codebook', 'RVQOutput', 'code_perplexity',
-           'check_codes', 'ResidualVQ']
+           'check_codes', 'check_mask', 'check_vectors', 'ResidualVQ']
 
-# %% ../../nbs/tokenizer/01_rvq.ipynb #884f69d3
+# %% ../../nbs/tokenizer/01_rvq.ipynb #2d57b174
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ def nearest_codes(
     if x.device.type != "cpu":
         block = 65536
     found = [torch.addmm(bias, rows, codebook.T).argmax(dim=1) for rows in x.split(block)]
-    return torch.cat(found) if len(found) > 1 else found[0]
+    return torch.cat(found)
 
 # %% ../../nbs/tokenizer/01_rvq.ipynb #5c290045
 def code_sums(
@@ -70,7 +69,7 @@ def kmeans(
 # %% ../../nbs/tokenizer/01_rvq.ipynb #cf85ec25
 @dataclass(frozen=True)
 class RVQConfig:
-    "Settings of `ResidualVQ`; the defaults are SpeechTokenizer's, apart from `decay_ramp` and `revive_below`."
+    "Settings of `ResidualVQ`; SpeechTokenizer's, but for `decay_ramp` and `revive_below`."
 
     dim: int = 1024  # D, size of a vector
     n_q: int = 8  # levels
@@ -143,9 +142,11 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
-        "K-means on the first training vectors x (N, D), so that the first EMA step keeps the codes."
+        "K-means on the first training vectors x (N, D)."
         size = self.config.codebook_size
         rows = _rows_of_all_ranks(x, 64 * size)
+        if not len(rows):
+            return  # dropout left no row for this level; the next batch will do
         codebook, counts = kmeans(rows, size, self.config.kmeans_iterations)
         _from_rank_0(codebook, counts)
         self.embed.copy_(codebook)
@@ -155,16 +156,19 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def follow(self, x: Tensor, codes: Tensor) -> Tensor:
-        "One EMA step towards rows x (N, D) with codes (N,); revives dead codes. Returns counts (K,)."
+        "One EMA step towards rows x (N, D) with codes (N,), and revival. Returns counts (K,)."
         counts, sums = code_sums(x, codes, self.config.codebook_size)
         _sum_over_ranks(counts, sums)
+        if not counts.any():
+            return counts
         decay = self._current_decay()
         self.cluster_size.lerp_(counts, 1 - decay)
         if self.config.codebook == "ema":
             self.embed_sum.lerp_(sums, 1 - decay)
             total = self.cluster_size.sum()
             smooth = (self.cluster_size + self.config.epsilon) * (
-                total / (total + self.config.codebook_size * self.config.epsilon))
+                total / (total + self.config.codebook_size * self.config.epsilon)
+            )
             self.embed.copy_(self.embed_sum / smooth[:, None])
         self.updates += 1
         self._revive(x)
@@ -214,6 +218,12 @@ def code_perplexity(
     return torch.exp(-torch.special.xlogy(p, p).sum(dim=-1))
 
 
+def _seen(value) -> str:
+    "A short description of a wrong argument."
+    is_tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__
+
+
 def check_codes(
     codes: Tensor,  # (B, n_q, T)
     codebook_size: int,
@@ -221,31 +231,133 @@ def check_codes(
     mask: Tensor | None = None,  # (B, T), True where valid; elsewhere codes are not looked at
 ) -> Tensor:
     "Return `codes` unchanged, or raise `ValueError` saying what was seen and what is wanted."
-    if not isinstance(codes, Tensor) or codes.dim() != 3 or codes.is_floating_point() or codes.dtype == torch.bool:
-        seen = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
-        raise ValueError(f"codes is {seen}; it must be an integer tensor (B, n_q, T)")
+    shaped = isinstance(codes, Tensor) and codes.dim() == 3
+    if not shaped or codes.is_floating_point() or codes.dtype == torch.bool:
+        raise ValueError(f"codes is {_seen(codes)}; it must be an integer tensor (B, n_q, T)")
     if codes.numel() == 0:
         raise ValueError(f"codes has shape {tuple(codes.shape)}; no dimension may be empty")
     if codes.shape[1] > most_levels:
         raise ValueError(f"codes has {codes.shape[1]} levels; this quantiser has {most_levels}")
     seen = codes if mask is None else codes[mask[:, None].expand_as(codes)]
     if seen.numel() and (seen.min() < 0 or seen.max() >= codebook_size):
-        raise ValueError(f"codes range from {seen.min()} to {seen.max()}; they must lie in "
-                         f"[0, {codebook_size - 1}]")
+        raise ValueError(
+            f"codes range from {seen.min()} to {seen.max()}; they must lie in "
+            f"[0, {codebook_size - 1}]"
+        )
     return codes
 
-# %% ../../nbs/tokenizer/01_rvq.ipynb #c01acbb2
-class ResidualVQ(nn.Module, PyTorchModelHubMixin):
-    """Residual vector quantiser: `z (B, D, T) -> codes (B, n_q, T)` and back.
+# %% ../../nbs/tokenizer/01_rvq.ipynb #3320fe38
+def check_mask(
+    mask: Tensor | None,  # (B, T) bool, True where valid
+    shape: tuple[int, ...],  # (B, T)
+) -> None:
+    "Raise `ValueError` unless the mask is None or a bool tensor of this shape with a valid frame."
+    if mask is None:
+        return
+    boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
+    if not boolean or tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"mask is {_seen(mask)}; it must be a bool tensor (B, T) = {tuple(shape)}")
+    if not mask.any():
+        raise ValueError("mask is False everywhere; at least one frame must be valid")
 
-    The quantiser of SpeechTokenizer (ICLR 2024, Sec. 3.2), EnCodec and DAC. Masks `(B, T)` are True
-    where a frame is valid; the other frames get code -1, vector 0, and no part in any statistic.
-    """
 
-    def __init__(self, config: RVQConfig = RVQConfig()):  # noqa: B008, a frozen dataclass
+def check_vectors(
+    z: Tensor,  # (B, D, T)
+    dim: int,  # D
+    mask: Tensor | None = None,  # (B, T); masked frames may hold anything
+) -> Tensor:
+    "Return `z` unchanged, or raise `ValueError` saying what was seen and what is wanted."
+    shaped = isinstance(z, Tensor) and z.dim() == 3 and z.shape[1] == dim
+    if not shaped or not z.is_floating_point():
+        raise ValueError(f"z is {_seen(z)}; it must be a float tensor (B, {dim}, T)")
+    if z.numel() == 0:
+        raise ValueError(f"z has shape {tuple(z.shape)}; no dimension may be empty")
+    check_mask(mask, (z.shape[0], z.shape[2]))
+    checked = z.detach() if mask is None else z.detach().transpose(1, 2)[mask]
+    if not torch.isfinite(checked.sum()) and not torch.isfinite(checked).all():
+        raise ValueError("z contains NaN or infinite values")
+    return z
+
+# %% ../../nbs/tokenizer/01_rvq.ipynb #a16c1543
+class _Frames(NamedTuple):
+    "The shape of a batch of frames, to bring rows back into it."
+
+    batch: int
+    count: int
+    mask: Tensor | None
+
+    def rows(self, x: Tensor) -> Tensor:
+        "(B, C, T) to the rows (N, C) of valid frames."
+        rows = x.transpose(1, 2).reshape(-1, x.shape[1])
+        return rows if self.mask is None else rows[self.mask.flatten()]
+
+    def back(self, rows: Tensor, fill: int = 0) -> Tensor:
+        "Rows (N, C) to (B, C, T), `fill` where invalid."
+        if self.mask is not None:
+            full = rows.new_full((self.batch * self.count, rows.shape[1]), fill)
+            rows = full.index_put((self.mask.flatten().nonzero().flatten(),), rows)
+        return rows.view(self.batch, self.count, -1).transpose(1, 2)
+
+# %% ../../nbs/tokenizer/01_rvq.ipynb #3a93ff52
+class _Levels(nn.Module):
+    "Codebooks in a chain, on rows (N, D)."
+
+    def __init__(self, config: RVQConfig):
         super().__init__()
         self.config = config
         self.levels = nn.ModuleList(Codebook(config) for _ in range(config.n_q))
+
+    def _one_level(self, level: Codebook, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Codes (N,), vectors (N, D) and counts (K,) of one level; updates it in training."
+        if self.training and not level.initialized:
+            level.start_from(residual)
+        codes = nearest_codes(residual, level.embed.detach())
+        vectors = level.vectors(codes)
+        if self.training:
+            return codes, vectors, level.follow(residual, codes)
+        counts = torch.bincount(codes, minlength=self.config.codebook_size).to(residual.dtype)
+        return codes, vectors, counts
+
+    def _quantise(self, rows: Tensor, n_q: int, depth: Tensor | None) -> tuple:
+        "All levels for rows (N, D): their sum, codes (N, n_q), both losses, counts (n_q, K)."
+        left, total = rows, torch.zeros_like(rows)
+        codes = torch.full((len(rows), n_q), -1, dtype=torch.long, device=rows.device)
+        commit, pull, counts = rows.new_zeros(()), rows.new_zeros(()), []
+        for index, level in enumerate(self.levels[:n_q]):
+            active = slice(None) if depth is None else (depth > index).nonzero().flatten()
+            residual = left[active]
+            found, vectors, level_counts = self._one_level(level, residual.detach())
+            counts.append(level_counts)
+            if len(found):
+                commit = commit + F.mse_loss(residual, vectors.detach())
+                if self.config.codebook == "gradient":
+                    pull = pull + F.mse_loss(vectors, residual.detach())
+            codes[active, index] = found
+            chosen = vectors.detach()  # gradient codebooks learn from `pull` alone
+            if depth is not None:
+                chosen = torch.zeros_like(rows).index_copy(0, active, chosen)
+            left, total = left - chosen, total + chosen
+        return total, codes, commit, pull, torch.stack(counts)
+
+    def _draw_depths(self, frames: _Frames, n_q: int, like: Tensor) -> Tensor | None:
+        "How many levels each row uses (N,), one number a sample; None: all of them."
+        if not self.training or self.config.dropout == 0:
+            return None
+        depth = torch.randint(1, n_q + 1, (frames.batch,), device=like.device)
+        kept = torch.rand(frames.batch, device=like.device) >= self.config.dropout
+        depth = torch.where(kept, n_q, depth).view(-1, 1, 1).expand(-1, 1, frames.count)
+        return frames.rows(depth).flatten()
+
+# %% ../../nbs/tokenizer/01_rvq.ipynb #399f062f
+class ResidualVQ(_Levels, PyTorchModelHubMixin):
+    """Residual vector quantiser: `z (B, D, T) -> codes (B, n_q, T)` and back.
+
+    The quantiser of SpeechTokenizer (ICLR 2024), EnCodec and DAC. Masks `(B, T)` are True where a
+    frame is valid; the other frames get code -1, vector 0, and no part in any statistic.
+    """
+
+    def __init__(self, config: RVQConfig = RVQConfig()):
+        super().__init__(config)
 
     def forward(
         self,
@@ -254,62 +366,15 @@ class ResidualVQ(nn.Module, PyTorchModelHubMixin):
         mask: Tensor | None = None,  # (B, T) bool, True where valid
     ) -> RVQOutput:
         "Quantise; in training mode also update the codebooks and drop levels."
-        n_q = self._check(z, n_q, mask)
-        rows, batch, frames, valid = self._rows(z, mask)
-        depth = self._draw_depths(z, n_q, valid)
+        frames, n_q = self._check(z, n_q, mask)
+        rows = frames.rows(z)
+        depth = self._draw_depths(frames, n_q, rows)
         total, codes, commit, pull, counts = self._quantise(rows, n_q, depth)
-        if self.training or z.requires_grad:
+        if z.requires_grad:
             total = rows + (total - rows).detach()
-        return RVQOutput(
-            self._unrows(total, batch, frames, valid), self._uncodes(codes, batch, frames, valid),
-            commit, pull, code_perplexity(counts), (counts > 0).float().mean(dim=1))
-
-    @property
-    def _learns_by_gradient(self) -> bool:
-        return self.config.codebook == "gradient"
-
-    def _quantise(self, rows: Tensor, n_q: int, depth: Tensor | None) -> tuple:
-        "All levels for rows (N, D): their sum, codes (N, n_q), both losses, counts (n_q, K)."
-        total = torch.zeros_like(rows)
-        codes = torch.full((len(rows), n_q), -1, dtype=torch.long, device=rows.device)
-        commit, pull, counts = rows.new_zeros(()), rows.new_zeros(()), []
-        for index, level in enumerate(self.levels[:n_q]):
-            active = None if depth is None else (depth > index).nonzero().flatten()
-            here = rows if active is None else rows[active]
-            done = total if active is None else total[active]
-            residual = here - done.detach()
-            found, vectors, level_counts = self._one_level(level, residual.detach())
-            if len(here):
-                commit = commit + F.mse_loss(residual, vectors.detach())
-                if self._learns_by_gradient:
-                    pull = pull + F.mse_loss(vectors, residual.detach())
-            if active is None:
-                codes[:, index], total = found, total + vectors
-            else:
-                codes[active, index], total = found, total.index_add(0, active, vectors)
-            counts.append(level_counts)
-        return total, codes, commit, pull, torch.stack(counts)
-
-    def _one_level(self, level: Codebook, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Codes (N,), vectors (N, D) and counts (K,) of one level; updates it in training."
-        if self.training and not level.initialized:
-            level.start_from(residual)
-        codes = nearest_codes(residual, level.embed.detach()) if len(residual) else residual.new_zeros(0).long()
-        vectors = level.vectors(codes)
-        if self.training:
-            return codes, vectors, level.follow(residual, codes)
-        counts = torch.bincount(codes, minlength=self.config.codebook_size).to(residual.dtype)
-        return codes, vectors, counts
-
-    def _draw_depths(self, z: Tensor, n_q: int, valid: Tensor | None) -> Tensor | None:
-        "How many levels each row uses (N,), the same for all frames of a sample; None: all of them."
-        if not self.training or self.config.dropout == 0:
-            return None
-        batch, _, frames = z.shape
-        depth = torch.randint(1, n_q + 1, (batch,), device=z.device)
-        kept = torch.rand(batch, device=z.device) >= self.config.dropout
-        rows = torch.where(kept, n_q, depth).repeat_interleave(frames)
-        return rows if valid is None else rows[valid]
+        vectors, codes = frames.back(total), frames.back(codes, fill=-1)
+        used = (counts > 0).float().mean(dim=1)
+        return RVQOutput(vectors, codes, commit, pull, code_perplexity(counts), used)
 
     @torch.no_grad()
     def encode(
@@ -319,11 +384,11 @@ class ResidualVQ(nn.Module, PyTorchModelHubMixin):
         mask: Tensor | None = None,  # (B, T) bool
     ) -> Tensor:  # (B, n_q, T) int64; -1 where masked
         "Vectors to codes. Never changes the codebooks."
-        n_q = self._check(z, n_q, mask)
-        rows, batch, frames, valid = self._rows(z, mask)
+        frames, n_q = self._check(z, n_q, mask)
+        rows = frames.rows(z)
         codes = torch.empty(len(rows), n_q, dtype=torch.long, device=z.device)
-        block = 1024 if z.device.type == "cpu" else 65536  # a block stays in cache for all levels
-        books = [(level.embed, level.embed.T, -0.5 * level.embed.pow(2).sum(1)) for level in self.levels[:n_q]]
+        block = 1024 if z.device.type == "cpu" else 65536
+        books = [(b.embed, b.embed.T, -0.5 * b.embed.pow(2).sum(dim=1)) for b in self.levels[:n_q]]
         for first in range(0, len(rows), block):
             residual = rows[first : first + block]
             for index, (embed, transposed, bias) in enumerate(books):
@@ -331,7 +396,7 @@ class ResidualVQ(nn.Module, PyTorchModelHubMixin):
                 codes[first : first + block, index] = found
                 if index + 1 < n_q:
                     residual = residual - embed[found]
-        return self._uncodes(codes, batch, frames, valid)
+        return frames.back(codes, fill=-1).contiguous()
 
     @torch.no_grad()
     def decode(
@@ -340,12 +405,8 @@ class ResidualVQ(nn.Module, PyTorchModelHubMixin):
         mask: Tensor | None = None,  # (B, T) bool
     ) -> Tensor:  # (B, D, T)
         "Codes to vectors: the sum over levels. Masked frames become 0."
-        rows = self._code_rows(codes, mask)
-        total = self.levels[0].vectors(rows[:, 0])
-        for level, found in zip(self.levels[1:], rows.T[1:]):
-            total = total + level.vectors(found)
-        valid = None if mask is None else mask.flatten()
-        return self._unrows(total, codes.shape[0], codes.shape[2], valid)
+        frames, rows = self._check_codes(codes, mask)
+        return frames.back(sum(level.vectors(c) for level, c in zip(self.levels, rows.T)))
 
     def codes_to_vectors(
         self,
@@ -353,64 +414,20 @@ class ResidualVQ(nn.Module, PyTorchModelHubMixin):
         mask: Tensor | None = None,  # (B, T) bool
     ) -> Tensor:  # (B, n_q, D, T)
         "The code vector of each level by itself; their sum over dim 1 is `decode(codes)`."
-        rows = self._code_rows(codes, mask)
-        valid = None if mask is None else mask.flatten()
-        each = [self._unrows(level.vectors(found), codes.shape[0], codes.shape[2], valid)
-                for level, found in zip(self.levels, rows.T)]
+        frames, rows = self._check_codes(codes, mask)
+        each = [frames.back(level.vectors(c)) for level, c in zip(self.levels, rows.T)]
         return torch.stack(each, dim=1)
 
-    def _code_rows(self, codes: Tensor, mask: Tensor | None) -> Tensor:
-        "Checked codes as rows (N, n_q) of valid frames."
-        self._check_mask(mask, (codes.shape[0], codes.shape[-1]) if isinstance(codes, Tensor) else ())
-        check_codes(codes, self.config.codebook_size, self.config.n_q, mask)
-        rows = codes.transpose(1, 2).reshape(-1, codes.shape[1]).long()
-        return rows if mask is None else rows[mask.flatten()]
-
-    def _check(self, z: Tensor, n_q: int | None, mask: Tensor | None) -> int:
-        if not isinstance(z, Tensor) or z.dim() != 3 or z.shape[1] != self.config.dim or not z.is_floating_point():
-            seen = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"z is {seen}; it must be a float tensor (B, {self.config.dim}, T)")
-        if z.numel() == 0:
-            raise ValueError(f"z has shape {tuple(z.shape)}; no dimension may be empty")
-        self._check_mask(mask, (z.shape[0], z.shape[2]))
-        checked = z.detach() if mask is None else z.detach().transpose(1, 2)[mask]
-        if not torch.isfinite(checked.sum()) and not torch.isfinite(checked).all():
-            raise ValueError("z contains NaN or infinite values")
+    def _check(self, z: Tensor, n_q: int | None, mask: Tensor | None) -> tuple[_Frames, int]:
+        check_vectors(z, self.config.dim, mask)
         n_q = self.config.n_q if n_q is None else n_q
         if not isinstance(n_q, int) or not 1 <= n_q <= self.config.n_q:
             raise ValueError(f"n_q is {n_q!r}; it must be an integer in [1, {self.config.n_q}]")
-        return n_q
+        return _Frames(z.shape[0], z.shape[2], mask), n_q
 
-    @staticmethod
-    def _check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
-        if mask is None:
-            return
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
-            seen = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask is {seen}; it must be a bool tensor (B, T) = {tuple(shape)}")
-        if not mask.any():
-            raise ValueError("mask is False everywhere; at least one frame must be valid")
-
-    @staticmethod
-    def _rows(z: Tensor, mask: Tensor | None) -> tuple[Tensor, int, int, Tensor | None]:
-        "z (B, D, T) as rows (N, D) of valid frames, and what `_unrows` needs."
-        rows = z.transpose(1, 2).reshape(-1, z.shape[1])
-        valid = None if mask is None else mask.flatten()
-        return rows if valid is None else rows[valid], z.shape[0], z.shape[2], valid
-
-    @staticmethod
-    def _unrows(rows: Tensor, batch: int, frames: int, valid: Tensor | None) -> Tensor:
-        "Rows (N, D) back to (B, D, T), zeros where invalid."
-        if valid is not None:
-            full = rows.new_zeros(batch * frames, rows.shape[1])
-            rows = full.index_put((valid.nonzero().flatten(),), rows)
-        return rows.view(batch, frames, -1).transpose(1, 2)
-
-    @staticmethod
-    def _uncodes(codes: Tensor, batch: int, frames: int, valid: Tensor | None) -> Tensor:
-        "Codes (N, n_q) back to (B, n_q, T), -1 where invalid."
-        if valid is not None:
-            full = codes.new_full((batch * frames, codes.shape[1]), -1)
-            full[valid] = codes
-            codes = full
-        return codes.view(batch, frames, -1).transpose(1, 2).contiguous()
+    def _check_codes(self, codes: Tensor, mask: Tensor | None) -> tuple[_Frames, Tensor]:
+        if isinstance(codes, Tensor) and codes.dim() == 3:
+            check_mask(mask, (codes.shape[0], codes.shape[2]))
+        check_codes(codes, self.config.codebook_size, self.config.n_q, mask)
+        frames = _Frames(codes.shape[0], codes.shape[2], mask)
+        return frames, frames.rows(codes).long()
