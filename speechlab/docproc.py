@@ -46,11 +46,14 @@ class LessonProc(Processor):
     def cell(self, cell):
         if cell.cell_type != "code":
             return
-        if not cell.source.strip():
+        if all(line.startswith("#|") or not line.strip() for line in cell.source.splitlines()):
             cell.source = None  # only directives, such as default_exp; nbdev then drops the cell
             return
         outputs = cell.get("outputs", [])
         cell.outputs = [o for o in outputs if WIDGET not in o.get("data", {})]
+        for data in (output.get("data", {}) for output in cell.outputs):
+            if "text/markdown" in data:  # show_doc's links to source lines it does not know
+                data["text/markdown"] = "".join(data["text/markdown"]).replace("#LNone", "")
         if "#| exercise: solution" in cell.source or "solution" in cell.directives_.get(
             "exercise", []
         ):
