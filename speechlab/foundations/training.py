@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'warmup_factor', 'constant', 'cosine', 'noam', 'CheckpointError', 'save_tree', 'load_tree',
-           'save_checkpoint', 'checkpoint_damage', 'last_checkpoint', 'TrainConfig', 'NonFiniteLoss', 'seed_step',
+           'checkpoint_damage', 'save_checkpoint', 'last_checkpoint', 'TrainConfig', 'NonFiniteLoss', 'seed_step',
            'Trainer']
 
 # %% ../../nbs/foundations/04_training.ipynb #a648d6d3
@@ -127,14 +127,34 @@ def load_tree(path: str | os.PathLike, device: torch.device | str = "cpu"):
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from None
 
-# %% ../../nbs/foundations/04_training.ipynb #1841bb5f
+# %% ../../nbs/foundations/04_training.ipynb #476da421
+def checkpoint_damage(checkpoint: Path) -> str | None:
+    "Why a checkpoint folder cannot be used; None if it is whole."
+    try:
+        note = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))
+        data = (checkpoint / "state.safetensors").read_bytes()
+    except (OSError, ValueError) as error:
+        return f"incomplete: {error}"
+    if len(data) != note.get("bytes") or zlib.crc32(data) != note.get("crc32"):
+        return "state.safetensors does not match its checksum"
+    return None
+
+
+def _flush_folder(folder: Path) -> None:
+    "Make a rename survive a power loss; systems that cannot open folders do it by themselves."
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
 def save_checkpoint(
     folder: str | os.PathLike,  # of the run
     step: int,
     tree,  # see save_tree
     keep: int = 2,  # how many of the newest checkpoints stay
 ) -> Path:
-    "Write `folder/step-00000123/` whole or not at all, then delete the oldest."
+    "Write `folder/step-00000123/` whole or not at all, then delete the oldest whole ones."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".saving-*"):
@@ -148,24 +168,15 @@ def save_checkpoint(
         with open(draft / name, "rb+") as file:
             os.fsync(file.fileno())
     final = folder / f"step-{step:08d}"
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # moved aside, and removed only once the new one is in place
+        os.replace(final, folder / f".saving-old-{draft.name}")
     os.replace(draft, final)
-    for old in sorted(folder.glob("step-*"))[: -max(1, keep)]:
+    _flush_folder(folder)
+    shutil.rmtree(folder / f".saving-old-{draft.name}", ignore_errors=True)
+    whole = [old for old in sorted(folder.glob("step-*")) if checkpoint_damage(old) is None]
+    for old in whole[: -max(1, keep)]:
         shutil.rmtree(old)
     return final
-
-
-def checkpoint_damage(checkpoint: Path) -> str | None:
-    "Why a checkpoint folder cannot be used; None if it is whole."
-    try:
-        note = json.loads((checkpoint / "complete.json").read_text())
-        data = (checkpoint / "state.safetensors").read_bytes()
-    except (OSError, ValueError) as error:
-        return f"incomplete: {error}"
-    if len(data) != note.get("bytes") or zlib.crc32(data) != note.get("crc32"):
-        return "state.safetensors does not match its checksum"
-    return None
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
@@ -212,6 +223,18 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+# %% ../../nbs/foundations/04_training.ipynb #b949bda0
+def _single_step(loss_function: Callable) -> Callable:
+    "The step of one model with one optimiser, from `loss(model, batch)`."
+
+    def step(trainer, batch: Batch) -> dict[str, Tensor]:
+        found = loss_function(trainer.modules["model"], batch)
+        loss, metrics = found if isinstance(found, tuple) else (found, {})
+        trainer.update("model", loss)
+        return {"loss": loss, **metrics}
+
+    return step
 
 # %% ../../nbs/foundations/04_training.ipynb #9c5c7b1e
 class _Parts:
@@ -261,7 +284,7 @@ class _Parts:
                 n: AveragedModel(self.raw(n), multi_avg_fn=average) for n in self.modules
             }
         self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
-        self.step, self.history = 0, []
+        self.step, self.history, self.seconds = 0, [], 0.0
         self._window: list[dict[str, Tensor]] = []  # metrics since the last logged row
         self._last_of_group, self._batch = True, None
 
@@ -349,6 +372,7 @@ class _Checkpoints(_Steps):
         "Everything that a resumed run needs."
         return {
             "step": self.step,
+            "seconds": self.seconds,
             "modules": {name: self.raw(name).state_dict() for name in self.modules},
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "averaged": {name: a.state_dict() for name, a in self.averaged.items()},
@@ -383,7 +407,7 @@ class _Checkpoints(_Steps):
             optimizer.load_state_dict(state["optimizers"][name])
         for name, average in self.averaged.items():
             average.load_state_dict(state["averaged"][name])
-        self.step, self.history = state["step"], state["history"]
+        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         device = self.accelerator.device
         self._window = [
             {k: torch.tensor(v, device=device) for k, v in row.items()} for row in state["window"]
@@ -419,13 +443,14 @@ class Trainer(_Checkpoints):
             unit="step",
             mininterval=1.0,
         )
-        started = time.perf_counter()
+        started = time.perf_counter() - self.seconds
         while self.step < stop:
             self._window.append(self._one_step(loader))
             self.step += 1
+            self.seconds = time.perf_counter() - started
             bar.update()
             if self.step % self.config.log_every == 0 or self.step == self.config.steps:
-                row = self._log(time.perf_counter() - started)
+                row = self._log()
                 bar.set_postfix(
                     {k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False
                 )
@@ -435,7 +460,7 @@ class Trainer(_Checkpoints):
         bar.close()
         return self.history
 
-    def _log(self, seconds: float) -> dict:
+    def _log(self) -> dict:
         "Append one row, the mean over the steps since the last one, to metrics.jsonl."
         row = {"step": self.step}
         for key in self._window[0]:
@@ -451,7 +476,7 @@ class Trainer(_Checkpoints):
             self.step == self.config.steps or (every and self.step % every == 0)
         ):
             row |= self._evaluated()
-        row["seconds"] = round(seconds, 3)
+        row["seconds"] = round(self.seconds, 3)
         self.history.append(row)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -465,15 +490,3 @@ class Trainer(_Checkpoints):
             module.eval()
         with torch.no_grad():
             return {key: float(value) for key, value in self._validate(self).items()}
-
-# %% ../../nbs/foundations/04_training.ipynb #b949bda0
-def _single_step(loss_function: Callable) -> Callable:
-    "The step of one model with one optimiser, from `loss(model, batch)`."
-
-    def step(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
-        found = loss_function(trainer.modules["model"], batch)
-        loss, metrics = found if isinstance(found, tuple) else (found, {})
-        trainer.update("model", loss)
-        return {"loss": loss, **metrics}
-
-    return step

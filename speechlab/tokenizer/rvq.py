@@ -202,7 +202,7 @@ class Codebook(nn.Module):
 class RVQOutput(NamedTuple):
     "What `ResidualVQ` returns in training and evaluation."
 
-    quantized: Tensor  # (B, D, T), with the straight-through gradient in training
+    quantized: Tensor  # (B, D, T), with the straight-through gradient where z needs one
     codes: Tensor  # (B, n_q, T) int64; -1 where masked or dropped
     commit_loss: Tensor  # scalar, SpeechTokenizer Eq. 7: summed over levels, mean over elements
     codebook_loss: Tensor  # scalar; pulls gradient codebooks to the data, 0 for EMA codebooks
