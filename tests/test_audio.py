@@ -204,3 +204,51 @@ def test_real_recordings(real_speech):
         assert -45 < audio.loudness(wav, rate) < -10
     for path in sorted((real_speech / "librispeech_train-clean-100").glob("*.flac"))[:5]:
         assert audio.load_wav(path, 16000)[0].shape[-1] > 16000
+
+
+def test_variable_mp3_without_length_is_refused():
+    """Loud, then silent: frames of several bit rates. Without a Xing frame the length is unknown."""
+    wav = torch.cat([0.5 * torch.sin(torch.arange(16000) * 1.1), torch.zeros(64000)]).view(1, 1, -1)
+    data = audio.encode_audio(wav, 16000, "mp3")
+    assert abs(audio.load_wav(data)[0].shape[-1] - 80000) < 4000
+    first = audio._mp3_frame_bytes(data[:4])
+    with pytest.raises(audio.AudioError, match="without a Xing header"):
+        audio.load_wav(data[first:])
+
+
+def test_a_tag_after_an_mp3_is_no_damage(tone):
+    data = audio.encode_audio(tone, 16000, "mp3")
+    assert torch.equal(audio.load_wav(data + b"APETAGEX" + bytes(100))[0], audio.load_wav(data)[0])
+    assert torch.equal(audio.load_wav(data + b"TAG" + bytes(125))[0], audio.load_wav(data)[0])
+
+
+def test_streamed_wav_without_length_is_refused(tone):
+    data = bytearray(audio.encode_audio(tone, 16000, "wav"))
+    data[40:44] = b"\xff" * 4
+    with pytest.raises(audio.AudioError):
+        audio.load_wav(bytes(data))
+
+
+def test_float_wav_beyond_full_scale_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.linspace(-3000, 3000, 999), 16000, subtype="FLOAT")
+    with pytest.raises(audio.AudioError, match="peaks at 3000"):
+        audio.load_wav(tmp_path / "a.wav")
+
+
+def test_caches_made_in_inference_mode_serve_in_training():
+    with torch.inference_mode():
+        audio.log_mel(torch.zeros(1, 1, 3000), 11025)
+        audio.resample(torch.zeros(1, 1, 3000), 11025, 7000)
+    wav = (0.1 * torch.randn(1, 1, 3000)).clamp(-1, 1).requires_grad_()
+    (audio.log_mel(wav, 11025).sum() + audio.resample(wav, 11025, 7000).sum()).backward()
+    assert torch.isfinite(wav.grad).all()
+
+
+@pytest.mark.parametrize("rate", [16000, 20000, 96000])
+def test_players_take_any_rate(rate):
+    assert "audio/mpeg" in audio.play(torch.zeros(1, 1, rate), rate).html()
+
+
+def test_unwritable_rates_are_named(tone):
+    with pytest.raises(audio.AudioError, match="sample_rate=20000"):
+        audio.encode_audio(tone, 20000, "mp3")

@@ -128,3 +128,13 @@ def test_bad_requests():
         Request("Hello.", Voice(rate=500))
     with pytest.raises(ValueError, match="requests is empty"):
         speak_all([])
+
+
+def test_numbers_count_as_one_word():
+    assert [word for _, word in speak("She has 25 cats.").words] == ["She", "has", "25", "cats"]
+
+
+def test_bad_rates_are_named():
+    for rate in (0, 16000.0):
+        with pytest.raises(ValueError, match=f"sample_rate is {rate}"):
+            speak("Hello.", sample_rate=rate)

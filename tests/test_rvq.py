@@ -361,3 +361,23 @@ def test_no_memory_grows_over_training_steps():
         rvq(torch.randn(1, 6, 50))
     assert tracemalloc.get_traced_memory()[0] < 200_000
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_vectors_of_another_precision_and_autocast(dtype):
+    """A float32 quantiser takes a bf16 encoder's output; autocast does not change its codes."""
+    rvq = make().eval()
+    z = torch.randn(1, 6, 20).to(dtype)
+    assert rvq(z).quantized.dtype == dtype
+    assert torch.equal(rvq.encode(z), rvq.encode(z.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rvq.encode(z), rvq.encode(z.float()))
+        out = rvq.train()(torch.nn.Conv1d(6, 6, 1)(torch.randn(1, 6, 20)))
+    assert torch.isfinite(out.commit_loss)
+
+
+def test_every_gradient_codebook_gets_a_gradient():
+    """DDP demands it, whatever levels were dropped or left out."""
+    rvq = make(codebook="gradient", dropout=1.0)
+    rvq(torch.randn(1, 6, 5), n_q=1).codebook_loss.backward()
+    assert all(parameter.grad is not None for parameter in rvq.parameters())

@@ -237,7 +237,8 @@ def test_kill_minus_9_and_resume_gives_the_same_bits(tmp_path, workers):
     assert equal_trees(one["modules"], two["modules"])
     assert equal_trees(one["optimizers"], two["optimizers"])
     assert equal_trees(one["averaged"], two["averaged"])
-    assert [r["loss"] for r in one["history"]] == [r["loss"] for r in two["history"]]
+    one, two = (T._from_bytes(tree["history"]) for tree in (one, two))
+    assert [r["loss"] for r in one] == [r["loss"] for r in two]
 
 
 def test_another_model_is_refused(tmp_path, corpus):
@@ -373,7 +374,11 @@ def test_validation_runs_in_eval_mode(tmp_path, corpus):
     )
     history = trainer.fit()
     assert modes == [False, False]
-    assert [("valid_loss" in row) for row in history] == [False, True, True]
+    assert [(row["step"], "valid_loss" in row) for row in history] == [
+        (2, False),
+        (4, True),
+        (6, True),
+    ]
     assert trainer.raw().training is False
 
 
@@ -405,6 +410,90 @@ def test_bf16_trains(tmp_path, corpus):
     history = trainer.fit()
     assert all(math.isfinite(row["loss"]) for row in history)
     assert trainer.raw()[0].weight.dtype == torch.float32
+
+
+def test_validation_does_not_wait_for_the_log(tmp_path, corpus):
+    model = nn.Linear(800, 1)
+    config = T.TrainConfig(steps=6, log_every=4, validate_every=3, ema=0.9)
+    modes = []
+    trainer = T.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda m, b: (m(b.wav).pow(2).mean(), {"vector": torch.arange(3.0)}),
+        SegmentBatches(corpus, 0.05, 4),
+        config,
+        tmp_path,
+        validate=lambda t: modes.append(t.averaged["model"].training) or {"v": 1},
+    )
+    assert [(r["step"], "v" in r) for r in trainer.fit()] == [(3, True), (4, False), (6, True)]
+    assert modes == [False, False]
+    assert trainer.history[0]["vector"] == 1
+
+
+def test_metrics_may_come_and_go(tmp_path, corpus):
+    model = nn.Linear(800, 1)
+
+    def loss(m, batch):
+        extra = {"early": 1.0} if trainer.step < 2 else {"late": 2.0}
+        return m(batch.wav).pow(2).mean(), extra
+
+    trainer = T.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss,
+        SegmentBatches(corpus, 0.05, 4),
+        T.TrainConfig(steps=4, log_every=4),
+        tmp_path,
+    )
+    row = trainer.fit()[0]
+    assert (row["early"], row["late"]) == (1, 2)
+
+
+def test_starting_afresh_forgets_the_old_run(tmp_path, corpus):
+    small_trainer(tmp_path, corpus).fit()
+    small_trainer(tmp_path, corpus, steps=6, save_every=2).fit(resume=False)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000004", "step-00000006"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6]
+
+
+def test_a_finished_run_returns_at_once(tmp_path, corpus):
+    done = small_trainer(tmp_path, corpus).fit()
+    assert small_trainer(tmp_path, corpus).fit() == done
+    assert small_trainer(tmp_path, corpus).fit(until=4) == done
+    assert small_trainer(tmp_path / "new", corpus).fit(until=0) == []
+
+
+def test_an_optimiser_used_twice_keeps_its_rate(tmp_path, corpus):
+    model = nn.Linear(800, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for name in ("a", "b"):
+        trainer = T.Trainer(
+            model,
+            optimizer,
+            lambda m, b: m(b.wav).pow(2).mean(),
+            SegmentBatches(corpus, 0.05, 4),
+            T.TrainConfig(steps=4, log_every=1),
+            tmp_path / name,
+            T.cosine(4),
+        )
+        assert trainer.fit()[0]["lr"] == 0.1
+
+
+def test_saving_a_step_again_never_loses_it(tmp_path, monkeypatch):
+    T.save_checkpoint(tmp_path, 5, {"step": 5})
+    T.save_checkpoint(tmp_path, 5, {"step": 5, "again": True})
+    assert T.load_tree(T.last_checkpoint(tmp_path) / "state.safetensors")["again"]
+    T.save_checkpoint(tmp_path, 3, {"step": 3}, keep=1)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000003"]
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
+    for step in (1, 2):
+        T.save_checkpoint(tmp_path, step, {"step": step})
+    (tmp_path / "step-00000002" / "state.safetensors").write_bytes(b"")
+    T.save_checkpoint(tmp_path, 3, {"step": 3}, keep=2)
+    assert (tmp_path / "step-00000001").exists()
 
 
 # Two processes

@@ -94,6 +94,8 @@ def _check_riff(data: bytes, path: Path) -> None:
         tag, size = data[position : position + 4], struct.unpack_from("<I", data, position + 4)[0]
         if tag == b"fmt " and position + 22 <= len(data):
             align = max(1, struct.unpack_from("<H", data, position + 20)[0])
+        if tag == b"data" and size == 0xFFFFFFFF:
+            raise AudioError(f"{path}: streamed WAV that does not state its length; convert it again")
         if position + 8 + size > len(data):
             raise AudioError(
                 f"{path}: truncated WAV: chunk {tag!r} promises {size} bytes, "
@@ -249,13 +251,17 @@ def _check_mp3(data: bytes, path: Path) -> None:
             (byte & 127) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0))
         )
     end = len(data) - (128 if data[-128:-125] == b"TAG" else 0)
-    first, frames = data[position : position + 200], 0
-    while position < end:
+    first, frames, rates = data[position : position + 200], 0, set()
+    while position < end and data[position : position + 8] != b"APETAGEX":
         size = _mp3_frame_bytes(data[position : position + 4])
         if size == 0 or position + size > end:
             raise AudioError(f"{path}: truncated or damaged MP3 frame at byte {position}")
+        rates.add(data[position + 2] >> 4)
         position, frames = position + size, frames + 1
     mark = max(first.find(b"Xing"), first.find(b"Info"))
+    if mark < 0 and len(rates) > 1:
+        raise AudioError(f"{path}: MP3 of variable bit rate without a Xing header: its length is not "
+                         "known; convert it to WAV or FLAC")
     if mark >= 0 and first[mark + 7] & 1:
         promised = struct.unpack_from(">I", first, mark + 8)[0]
         if frames - 1 < promised:
@@ -299,15 +305,19 @@ def encode_audio(
     options = {"compression_level": 0.5} if kind in ("ogg", "mp3") else {}
     buffer = io.BytesIO()
     samples = wav.detach().cpu().reshape(-1).clamp(-1, 1).numpy()
-    soundfile.write(
-        buffer, samples, sample_rate, format=kind.upper(), subtype=subtypes[kind], **options
-    )
+    try:
+        soundfile.write(
+            buffer, samples, sample_rate, format=kind.upper(), subtype=subtypes[kind], **options
+        )
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"cannot write {kind} at sample_rate={sample_rate}: {error}") from None
     return buffer.getvalue()
 
-# %% ../../nbs/foundations/01_audio.ipynb #c883daae
+# %% ../../nbs/foundations/01_audio.ipynb #0de21d3a
 @lru_cache(maxsize=16)
-def _resampler(from_rate: int, to_rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(from_rate, to_rate, lowpass_filter_width=16)
+def _resampler(from_rate: int, to_rate: int, device: str) -> torchaudio.transforms.Resample:
+    with torch.inference_mode(False):  # else the cached filter could not serve in training
+        return torchaudio.transforms.Resample(from_rate, to_rate, lowpass_filter_width=16).to(device)
 
 # %% ../../nbs/foundations/01_audio.ipynb #dbf577c0
 def resample(
@@ -319,7 +329,9 @@ def resample(
     check_wav(wav, channels=None)
     if check_sample_rate(from_rate, "from_rate") == check_sample_rate(to_rate, "to_rate"):
         return wav
-    return _resampler(from_rate, to_rate).to(wav.device)(wav).clamp(-1, 1)
+    changed = _resampler(from_rate, to_rate, str(wav.device))(wav).clamp(-1, 1)
+    length = -(-wav.shape[-1] * to_rate // from_rate)  # ceil; torchaudio's float32 can miss by one
+    return nn.functional.pad(changed, (0, max(0, length - changed.shape[-1])))[..., :length]
 
 
 def to_mono(
@@ -417,10 +429,11 @@ class LogMel(nn.Module):
         check_wav(wav, min_samples=shortest)
         return self.transform(wav.squeeze(1)).clamp(min=self.floor).log10()
 
-# %% ../../nbs/foundations/01_audio.ipynb #69bdbcc5
+# %% ../../nbs/foundations/01_audio.ipynb #638ba58d
 @lru_cache(maxsize=16)
-def _log_mel_module(sample_rate: int, items: tuple) -> LogMel:
-    return LogMel(sample_rate, **dict(items))
+def _log_mel_module(sample_rate: int, device: str, items: tuple) -> LogMel:
+    with torch.inference_mode(False):
+        return LogMel(sample_rate, **dict(items)).to(device)
 
 
 def log_mel(
@@ -429,8 +442,8 @@ def log_mel(
     **settings,  # any argument of LogMel
 ) -> Tensor:  # (B, n_mels, frames)
     "Log10-mel spectrogram; a short form of `LogMel(sample_rate, **settings)(wav)`."
-    module = _log_mel_module(sample_rate, tuple(sorted(settings.items())))
-    return module.to(wav.device)(wav) if isinstance(wav, Tensor) else module(wav)
+    device = str(wav.device) if isinstance(wav, Tensor) else "cpu"
+    return _log_mel_module(sample_rate, device, tuple(sorted(settings.items())))(wav)
 
 # %% ../../nbs/foundations/01_audio.ipynb #8f5b0d48
 def plot_wav(
@@ -538,7 +551,10 @@ def mel_to_wav(
     )
     return (wav / wav.abs().amax(dim=-1, keepdim=True).clamp(min=1.0)).unsqueeze(1)
 
-# %% ../../nbs/foundations/01_audio.ipynb #7e2518f5
+# %% ../../nbs/foundations/01_audio.ipynb #538eb81c
+_PLAYER_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # that MP3 knows
+
+
 class Player:
     "Sound in a cell: compressed, self-contained, with a transcript. See `compare_players`."
 
@@ -562,7 +578,9 @@ class Player:
         "The player as an HTML table, one row per clip."
         rows = []
         for label, wav in self.clips.items():
-            sound = base64.b64encode(encode_audio(wav, self.sample_rate, "mp3")).decode()
+            rate = self.sample_rate if self.sample_rate in _PLAYER_RATES else 24000
+            wav = resample(wav, self.sample_rate, rate)
+            sound = base64.b64encode(encode_audio(wav, rate, "mp3")).decode()
             name = html.escape(label)
             rows.append(
                 f'<tr><td>{name}</td><td><audio controls preload="metadata" '

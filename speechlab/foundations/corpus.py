@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -41,7 +42,7 @@ from .phonemes import ACCENTS, PAUSE, Phone, Request, Voice, run_worker
 @lru_cache(maxsize=1)
 def _definitions() -> tuple[dict, dict]:
     "The parsed voices and sentences files."
-    read = [json.loads(data_file(f"corpus/{n}.json").read_text()) for n in ("voices", "sentences")]
+    read = [json.loads(data_file(f"corpus/{n}.json").read_text(encoding="utf-8")) for n in ("voices", "sentences")]
     return read[0], read[1]
 
 # %% ../../nbs/foundations/03_corpus.ipynb #3502a65f
@@ -296,7 +297,7 @@ def _build(folder: Path, size: str, sample_rate: int, seed: int, workers: int) -
             | row
             for (name, split, request), row in zip(shards[number], made["made"])
         ]
-        out.with_suffix(".json").write_text(json.dumps(rows, ensure_ascii=False))
+        out.with_suffix(".json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
         return {
             "crc32": checksum,
             "rows_crc32": zlib.crc32(out.with_suffix(".json").read_bytes()),
@@ -312,13 +313,13 @@ def _build(folder: Path, size: str, sample_rate: int, seed: int, workers: int) -
             unit="shard",
         )
         index = {"size": size, "sample_rate": sample_rate, "seed": seed, "shards": list(bar)}
-    (folder / "index.json").write_text(json.dumps(index, indent=1))
+    (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 # %% ../../nbs/foundations/03_corpus.ipynb #e30358e8
 def _damage(folder: Path) -> str | None:
     "Why the cached corpus in `folder` cannot be used, or None if it is whole."
     try:
-        index = json.loads((folder / "index.json").read_text())
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         for number, shard in enumerate(index["shards"]):
             for ending, key in ((".i16", "crc32"), (".json", "rows_crc32")):
                 path = folder / f"shard-{number:03d}{ending}"
@@ -326,24 +327,23 @@ def _damage(folder: Path) -> str | None:
                     return f"{path.name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"index.json is damaged ({error})"
     return None
 
 
 def _build_in_place(folder: Path, size: str, sample_rate: int, seed: int, workers: int) -> None:
-    "Build beside `folder` and rename; an existing whole corpus wins."
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    "Build beside `folder` and rename; a damaged folder is moved out of the way first."
     fresh = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
     try:
         _build(fresh, size, sample_rate, seed, workers)
-        try:
-            os.replace(fresh, folder)
-        except OSError:  # another program was first
-            if _damage(folder):
-                raise
+        if folder.exists():
+            _map_shard.cache_clear()  # else this process would go on reading the damaged file
+            os.replace(folder, fresh.with_suffix(".damaged"))
+        os.replace(fresh, folder)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        for left in (fresh, fresh.with_suffix(".damaged")):
+            shutil.rmtree(left, ignore_errors=True)
 
 # %% ../../nbs/foundations/03_corpus.ipynb #f6bfca0d
 def embedded_corpus(
@@ -360,22 +360,24 @@ def embedded_corpus(
         raise ValueError(f"size is {size!r}; it must be one of {', '.join(CORPUS_SIZES)}")
     check_sample_rate(sample_rate)
     name = f"espeak-{size}-{corpus_key(size, sample_rate, seed)}"
-    place = (folder or cache_folder("corpus")) / name
-    reason = _damage(place) if place.exists() else None
-    if reason:
-        warnings.warn(f"cached corpus {name}: {reason}; it is built again", stacklevel=2)
-        shutil.rmtree(place)
-    if not place.exists():
-        _build_in_place(place, size, sample_rate, seed, workers or os.cpu_count() or 1)
+    parent = Path(folder) if folder else cache_folder("corpus")
+    parent.mkdir(parents=True, exist_ok=True)
+    place = parent / name
+    with FileLock(parent / f"{name}.lock"):
+        reason = _damage(place) if place.exists() else "not built yet"
+        if reason and place.exists():
+            warnings.warn(f"cached corpus {name}: {reason}; it is built again", stacklevel=2)
+        if reason:
+            _build_in_place(place, size, sample_rate, seed, workers or os.cpu_count() or 1)
     return _open_embedded(place, sample_rate, f"espeak-{size}")
 
 
 def _open_embedded(place: Path, sample_rate: int, name: str) -> Corpus:
     "A corpus over the memory-mapped shards of a cache folder."
     entries = []
-    for number in range(len(json.loads((place / "index.json").read_text())["shards"])):
+    for number in range(len(json.loads((place / "index.json").read_text(encoding="utf-8"))["shards"])):
         offset, path = 0, place / f"shard-{number:03d}.i16"
-        for row in json.loads(path.with_suffix(".json").read_text()):
+        for row in json.loads(path.with_suffix(".json").read_text(encoding="utf-8")):
             entries.append(
                 Entry(
                     row["id"],
@@ -414,9 +416,14 @@ def split_of(key: str, valid: float = 0.05, test: float = 0.05) -> str:
 
 
 def _with_splits(entries: list[Entry]) -> list[Entry]:
-    "Splits by speaker where there are ten or more, else by utterance."
-    by_speaker = len({entry.speaker for entry in entries}) >= 10
-    return [replace(e, split=split_of(e.speaker if by_speaker else e.id)) for e in entries]
+    "Splits by speaker where there are ten or more (at least one each to valid and test), else by id."
+    people = sorted({e.speaker for e in entries}, key=lambda s: hashlib.sha256(s.encode()).digest())
+    if len(people) < 10:
+        return [replace(entry, split=split_of(entry.id)) for entry in entries]
+    share = max(1, round(0.05 * len(people)))
+    test, valid = people[:share], people[share : 2 * share]
+    names = dict.fromkeys(valid, "valid") | dict.fromkeys(test, "test")
+    return [replace(entry, split=names.get(entry.speaker, "train")) for entry in entries]
 
 
 def _file_entry(path: Path, name: str, sample_rate: int, resampled: bool, **known) -> Entry:
@@ -507,7 +514,7 @@ def librispeech_corpus(
     sample_rate: int = 16000,  # Hz
     resample_to_rate: bool = False,
 ) -> Corpus:
-    "A folder like LibriSpeech's: `speaker/chapter/*.flac`, `*.trans.txt`. Splits by speaker."
+    "A folder like LibriSpeech's: `speaker/chapter/*.flac`, `*.trans.txt`. Splits as in folder_corpus."
     folder = Path(folder)
     entries = []
     for transcripts in sorted(folder.rglob("*.trans.txt")):
@@ -574,6 +581,21 @@ def _hub_utterance(
     name = str(row.get(columns["id"]) or f"{split}-{number:07d}")
     return Utterance(wav, sample_rate, Entry(name, wav.shape[-1], split=split, **known))
 
+
+@dataclass
+class _HubReader:
+    "Reads samples of a row; a class, so that it can be sent to loader processes."
+
+    rows: object
+    columns: dict
+    split: str
+    sample_rate: int
+
+    def __call__(self, entry: Entry, start: int, stop: int) -> Tensor:
+        row, number = self.rows[entry.source], entry.source
+        whole = _hub_utterance(row, self.columns, number, self.split, self.sample_rate)
+        return whole.wav[..., start:stop]
+
 # %% ../../nbs/foundations/03_corpus.ipynb #404ed937
 class StreamedCorpus:
     "Utterances of a hub dataset in order, without downloading it first. `skip(n)` resumes."
@@ -626,10 +648,7 @@ def hub_corpus(
             )
         )
 
-    def read(entry: Entry, start: int, stop: int) -> Tensor:
-        row = rows[entry.source]
-        return _hub_utterance(row, columns, entry.source, split, sample_rate).wav[..., start:stop]
-
+    read = _HubReader(rows, columns, split, sample_rate)
     return Corpus(entries, read, sample_rate, name)
 
 # %% ../../nbs/foundations/03_corpus.ipynb #04f3392b

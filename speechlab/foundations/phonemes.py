@@ -179,7 +179,7 @@ class _Engine:
         "Samples (T,) int16 at 22 050 Hz and the list of events."
         path = Path(self.folder.name) / "voice"
         accent_file = self.data / "lang" / ACCENTS[accent]
-        path.write_text(voice.definition(accent_file.read_text()))
+        path.write_text(voice.definition(accent_file.read_text(encoding="utf-8")), encoding="utf-8")
         if self.library.espeak_SetVoiceByFile(str(path).encode()):
             raise RuntimeError(f"espeak-ng refused voice {voice.name} with accent {accent}")
         self.library.espeak_SetParameter(1, voice.rate, 0)
@@ -213,12 +213,14 @@ def _phones_from_events(events: list, total: int, scale: float) -> list[Phone]:
 
 
 def _words_from_events(events: list, text: str, scale: float) -> list[tuple[int, str]]:
-    "First sample and spelling of each word."
-    return [
-        (round(sample * scale), text[position - 1 : position - 1 + length].strip('.,;:!?"()'))
-        for kind, sample, position, length, _ in events
-        if kind == _WORD and length > 0
-    ]
+    "First sample and spelling of each word; a number spoken as several words counts once."
+    spans = [(m.start(), m.end(), m[0].strip(".,;:!?\"()")) for m in re.finditer(r"\S+", text)]
+    first: dict[int, tuple[int, str]] = {}
+    for kind, sample, position, length, _ in events:
+        for start, end, word in spans:
+            if kind == _WORD and length > 0 and start < position <= end and word:
+                first.setdefault(start, (round(sample * scale), word))
+    return [first[start] for start in sorted(first)]
 
 # %% ../../nbs/foundations/02_phonemes.ipynb #4fc4199a
 def _finish(samples: np.ndarray, rate: int, seed: int) -> np.ndarray:
@@ -261,7 +263,7 @@ class Request:
 
 def _worker(requests_path: Path, out: Path) -> None:
     "Speak the requests of a JSON file; write `out.i16` (samples) and `out.json` (what they are)."
-    job = json.loads(requests_path.read_text())
+    job = json.loads(requests_path.read_text(encoding="utf-8"))
     engine, made = _Engine(), []
     with open(out.with_suffix(".i16"), "wb") as file:
         for row in job["requests"]:
@@ -280,7 +282,7 @@ def _worker(requests_path: Path, out: Path) -> None:
                 }
             )
             file.write(samples.tobytes())
-    out.with_suffix(".json").write_text(json.dumps({"espeak": engine.version, "made": made}))
+    out.with_suffix(".json").write_text(json.dumps({"espeak": engine.version, "made": made}), encoding="utf-8")
 
 
 def run_worker(
@@ -289,9 +291,12 @@ def run_worker(
     out: Path,  # `out.i16` and `out.json` are written
 ) -> dict:  # {"espeak": version, "made": [{"length", "phones", "words"}]}
     "Speak the requests in a fresh process; the same requests give the same bytes."
+    from speechlab.foundations.audio import check_sample_rate  # here: the worker needs no torch
+
+    check_sample_rate(sample_rate)
     rows = [asdict(r) | {"text": clean_text(r.text)} for r in requests]
     asked = out.with_suffix(".request.json")
-    asked.write_text(json.dumps({"sample_rate": sample_rate, "requests": rows}))
+    asked.write_text(json.dumps({"sample_rate": sample_rate, "requests": rows}), encoding="utf-8")
     code = (
         "import sys, pathlib; from speechlab.foundations.phonemes import _worker; "
         "_worker(*map(pathlib.Path, sys.argv[1:]))"
@@ -303,7 +308,7 @@ def run_worker(
             f"the espeak-ng worker failed ({done.returncode}):\n{done.stderr[-2000:]}"
         )
     asked.unlink()
-    return json.loads(out.with_suffix(".json").read_text())
+    return json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/foundations/02_phonemes.ipynb #e6ddcd60
 def speak_all(

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -123,7 +122,7 @@ def load_tree(path: str | os.PathLike, device: torch.device | str = "cpu"):
             if structure is None:
                 raise CheckpointError(f"{path}: a safetensors file, but not a speechlab checkpoint")
             names = list(file.keys())
-            return _unpack(json.loads(structure), {name: file.get_tensor(name) for name in names})
+            return _unpack(json.loads(structure), {name: file.get_tensor(name).clone() for name in names})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from None
 
@@ -163,7 +162,7 @@ def save_checkpoint(
     save_tree(draft / "state.safetensors", tree)
     data = (draft / "state.safetensors").read_bytes()
     note = {"step": step, "bytes": len(data), "crc32": zlib.crc32(data)}
-    (draft / "complete.json").write_text(json.dumps(note))
+    (draft / "complete.json").write_text(json.dumps(note), encoding="utf-8")
     for name in ("state.safetensors", "complete.json"):
         with open(draft / name, "rb+") as file:
             os.fsync(file.fileno())
@@ -174,8 +173,9 @@ def save_checkpoint(
     _flush_folder(folder)
     shutil.rmtree(folder / f".saving-old-{draft.name}", ignore_errors=True)
     whole = [old for old in sorted(folder.glob("step-*")) if checkpoint_damage(old) is None]
-    for old in whole[: -max(1, keep)]:
-        shutil.rmtree(old)
+    others = [old for old in whole if old != final]
+    for old in others[: len(others) + 1 - max(1, keep)]:
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -224,6 +224,23 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
 
+# %% ../../nbs/foundations/04_training.ipynb #15b5811d
+def _check_device(found: torch.device) -> None:
+    "Raise if SPEECHLAB_DEVICE asks for a kind of device that Accelerate does not use here."
+    wanted = os.environ.get("SPEECHLAB_DEVICE")
+    if wanted and torch.device(wanted).type != found.type:
+        raise ValueError(f"SPEECHLAB_DEVICE is {wanted!r}, but Accelerate runs on {found}; "
+                         "choose a GPU with CUDA_VISIBLE_DEVICES or `accelerate launch`")
+
+
+def _as_bytes(rows: list[dict]) -> Tensor:
+    "Rows of metrics as a uint8 tensor: a safetensors header may not grow without limit."
+    return torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(data: Tensor) -> list[dict]:
+    return json.loads(bytes(data.tolist()))
+
 # %% ../../nbs/foundations/04_training.ipynb #b949bda0
 def _single_step(loss_function: Callable) -> Callable:
     "The step of one model with one optimiser, from `loss(model, batch)`."
@@ -253,14 +270,12 @@ class _Parts:
     ):
         single = isinstance(modules, nn.Module)
         self.config, self.folder, self._validate = config, Path(folder), validate
-        known = AcceleratorState._shared_state
-        if known and AcceleratorState().mixed_precision != config.precision:
-            AcceleratorState._reset_state()  # else a second trainer keeps the first one's
         self.accelerator = Accelerator(
-            mixed_precision=config.precision,
+            mixed_precision="no",  # bf16 is switched on per trainer, in _one_step
             step_scheduler_with_optimizer=False,
             cpu=os.environ.get("SPEECHLAB_DEVICE") == "cpu",
         )
+        _check_device(self.accelerator.device)
         self._step_function = _single_step(step) if single else step
         modules = {"model": modules} if single else dict(modules)
         optimizers = (
@@ -274,15 +289,14 @@ class _Parts:
         self.schedules = {name: schedules.get(name, constant()) for name in optimizers}
         self.modules = {name: self.accelerator.prepare(module) for name, module in modules.items()}
         self.optimizers = {name: self.accelerator.prepare(o) for name, o in optimizers.items()}
-        self._base_rates = {
-            name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()
-        }
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # kept if the optimiser is used again
         self.averaged = {}
         if config.ema is not None:
             average = get_ema_multi_avg_fn(config.ema)
-            self.averaged = {
-                n: AveragedModel(self.raw(n), multi_avg_fn=average) for n in self.modules
-            }
+            for name in self.modules:
+                self.averaged[name] = AveragedModel(self.raw(name), multi_avg_fn=average).eval()
         self.batches = batches.shard(self.accelerator.process_index, self.accelerator.num_processes)
         self.step, self.history, self.seconds = 0, [], 0.0
         self._window: list[dict[str, Tensor]] = []  # metrics since the last logged row
@@ -320,8 +334,8 @@ class _Steps(_Parts):
         if not self._last_of_group:
             return
         optimizer = self.optimizers[name]
-        for group, rate in zip(optimizer.param_groups, self._base_rates[name]):
-            group["lr"] = rate * self.schedules[name](self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.schedules[name](self.step)
         if self.config.clip is not None:
             weights = [p for group in optimizer.param_groups for p in group["params"]]
             norm = self.accelerator.clip_grad_norm_(weights, self.config.clip)
@@ -329,6 +343,11 @@ class _Steps(_Parts):
                 self._stop(name, f"the gradient of {name!r} has norm {norm.item()}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def _precision(self) -> torch.autocast:
+        "bf16 arithmetic where the config asks for it."
+        kind, wanted = self.accelerator.device.type, self.config.precision == "bf16"
+        return torch.autocast(kind, torch.bfloat16, enabled=wanted)
 
     def _stop(self, name: str, what: str) -> None:
         last = last_checkpoint(self.folder)
@@ -340,7 +359,7 @@ class _Steps(_Parts):
 
     def _one_step(self, loader: Iterator[Batch]) -> dict[str, Tensor]:
         "One update of every optimiser; detached metrics, averaged over the batches of the step."
-        totals: dict[str, Tensor] = {}
+        totals: dict[str, list[Tensor]] = {}
         for module in self.modules.values():
             module.train()
         for part in range(self.config.accumulate):
@@ -355,14 +374,14 @@ class _Steps(_Parts):
                 if not self._last_of_group:
                     for module in self.modules.values():
                         stack.enter_context(self.accelerator.no_sync(module))
-                stack.enter_context(self.accelerator.autocast())
+                stack.enter_context(self._precision())
                 metrics = self._step_function(self, self._batch)
-            for key, value in metrics.items():
-                value = torch.as_tensor(value, device=self.accelerator.device).detach().float()
-                totals[key] = totals.get(key, 0) + value / self.config.accumulate
+            for key, value in metrics.items():  # vectors, such as perplexities, are averaged
+                value = torch.as_tensor(value, device=self.accelerator.device).detach().float().mean()
+                totals.setdefault(key, []).append(value)
         for name, average in self.averaged.items():
             average.update_parameters(self.raw(name))
-        return totals
+        return {key: torch.stack(values).mean() for key, values in totals.items()}
 
 # %% ../../nbs/foundations/04_training.ipynb #88ed3ae5
 class _Checkpoints(_Steps):
@@ -376,7 +395,7 @@ class _Checkpoints(_Steps):
             "modules": {name: self.raw(name).state_dict() for name in self.modules},
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "averaged": {name: a.state_dict() for name, a in self.averaged.items()},
-            "history": self.history,
+            "history": _as_bytes(self.history),
             "window": [{key: float(value) for key, value in row.items()} for row in self._window],
             "config": asdict(self.config),
             "made_on": device_name(self.accelerator.device),
@@ -387,6 +406,14 @@ class _Checkpoints(_Steps):
         "Write a checkpoint (main process only); all processes wait for it."
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder, self.step, self.state(), self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _clear_folder(self) -> None:
+        "Start afresh: remove checkpoints and metrics of an earlier run."
+        if self.accelerator.is_main_process:
+            for old in self.folder.glob("step-*"):
+                shutil.rmtree(old)
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
     def load(self, checkpoint: str | os.PathLike) -> None:
@@ -407,14 +434,14 @@ class _Checkpoints(_Steps):
             optimizer.load_state_dict(state["optimizers"][name])
         for name, average in self.averaged.items():
             average.load_state_dict(state["averaged"][name])
-        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        self.step, self.history, self.seconds = state["step"], _from_bytes(state["history"]), state["seconds"]
         device = self.accelerator.device
         self._window = [
             {k: torch.tensor(v, device=device) for k, v in row.items()} for row in state["window"]
         ]
         if self.accelerator.is_main_process:
             rows = "".join(json.dumps(row) + "\n" for row in self.history)
-            (self.folder / "metrics.jsonl").write_text(rows)
+            (self.folder / "metrics.jsonl").write_text(rows, encoding="utf-8")
 
 # %% ../../nbs/foundations/04_training.ipynb #55503c60
 class Trainer(_Checkpoints):
@@ -428,12 +455,16 @@ class Trainer(_Checkpoints):
     def fit(
         self,
         until: int | None = None,  # stop and save after this step; None: config.steps
-        resume: bool = True,  # go on from the newest whole checkpoint in `folder`
+        resume: bool = True,  # False: delete the checkpoints in `folder` and start afresh
     ) -> list[dict]:  # the rows of metrics.jsonl
         "Train, from the last checkpoint if there is one."
         if resume and (found := last_checkpoint(self.folder)):
             self.load(found)
-        stop = min(until or self.config.steps, self.config.steps)
+        elif not resume or self.step == 0:
+            self._clear_folder()
+        stop = self.config.steps if until is None else min(until, self.config.steps)
+        if self.step >= stop:
+            return self.history
         group = self.config.accumulate
         loader = iter(self.batches.steps(self.step * group, stop * group, self.config.workers))
         bar = tqdm(
@@ -449,38 +480,38 @@ class Trainer(_Checkpoints):
             self.step += 1
             self.seconds = time.perf_counter() - started
             bar.update()
-            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+            if self._due(self.config.log_every) or self._due(self.config.validate_every):
                 row = self._log()
                 bar.set_postfix(
                     {k: f"{v:.4g}" for k, v in row.items() if k != "step"}, refresh=False
                 )
-            every = self.config.save_every
-            if self.step == stop or (every and self.step % every == 0):
+            if self.step == stop or self._due(self.config.save_every):
                 self.save()
         bar.close()
         return self.history
 
+    def _due(self, every: int) -> bool:
+        "Whether something that happens every so many steps (0: at the end only) happens now."
+        return self.step == self.config.steps or bool(every and self.step % every == 0)
+
     def _log(self) -> dict:
         "Append one row, the mean over the steps since the last one, to metrics.jsonl."
         row = {"step": self.step}
-        for key in self._window[0]:
-            mean = torch.stack([metrics[key] for metrics in self._window]).mean()
-            row[key] = float(self.accelerator.reduce(mean, "mean"))
+        for key in sorted(set().union(*self._window)):  # a metric may start or stop in between
+            values = torch.stack([metrics[key] for metrics in self._window if key in metrics])
+            row[key] = float(self.accelerator.reduce(values.mean(), "mean"))
         self._window = []
         for name, optimizer in self.optimizers.items():
             row["lr" if len(self.optimizers) == 1 else f"lr_{name}"] = optimizer.param_groups[0][
                 "lr"
             ]
-        every = self.config.validate_every
-        if self._validate and (
-            self.step == self.config.steps or (every and self.step % every == 0)
-        ):
+        if self._validate and self._due(self.config.validate_every):
             row |= self._evaluated()
         row["seconds"] = round(self.seconds, 3)
         self.history.append(row)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         return row
 

@@ -337,6 +337,8 @@ class _Levels(nn.Module):
             if depth is not None:
                 chosen = torch.zeros_like(rows).index_copy(0, active, chosen)
             left, total = left - chosen, total + chosen
+        if self.config.codebook == "gradient":  # every parameter takes part, as DDP demands
+            pull = pull + 0.0 * sum(level.embed.sum() for level in self.levels)
         return total, codes, commit, pull, torch.stack(counts)
 
     def _draw_depths(self, frames: _Frames, n_q: int, like: Tensor) -> Tensor | None:
@@ -367,12 +369,13 @@ class ResidualVQ(_Levels, PyTorchModelHubMixin):
     ) -> RVQOutput:
         "Quantise; in training mode also update the codebooks and drop levels."
         frames, n_q = self._check(z, n_q, mask)
-        rows = frames.rows(z)
-        depth = self._draw_depths(frames, n_q, rows)
-        total, codes, commit, pull, counts = self._quantise(rows, n_q, depth)
-        if z.requires_grad:
-            total = rows + (total - rows).detach()
-        vectors, codes = frames.back(total), frames.back(codes, fill=-1)
+        with torch.autocast(z.device.type, enabled=False):  # codes and averages want full precision
+            rows = frames.rows(z).to(self.levels[0].embed.dtype)
+            depth = self._draw_depths(frames, n_q, rows)
+            total, codes, commit, pull, counts = self._quantise(rows, n_q, depth)
+            if z.requires_grad:
+                total = rows + (total - rows).detach()
+        vectors, codes = frames.back(total).to(z.dtype), frames.back(codes, fill=-1)
         used = (counts > 0).float().mean(dim=1)
         return RVQOutput(vectors, codes, commit, pull, code_perplexity(counts), used)
 
@@ -385,17 +388,18 @@ class ResidualVQ(_Levels, PyTorchModelHubMixin):
     ) -> Tensor:  # (B, n_q, T) int64; -1 where masked
         "Vectors to codes. Never changes the codebooks."
         frames, n_q = self._check(z, n_q, mask)
-        rows = frames.rows(z)
+        rows = frames.rows(z).to(self.levels[0].embed.dtype)
         codes = torch.empty(len(rows), n_q, dtype=torch.long, device=z.device)
         block = 1024 if z.device.type == "cpu" else 65536
         books = [(b.embed, b.embed.T, -0.5 * b.embed.pow(2).sum(dim=1)) for b in self.levels[:n_q]]
-        for first in range(0, len(rows), block):
-            residual = rows[first : first + block]
-            for index, (embed, transposed, bias) in enumerate(books):
-                found = torch.addmm(bias, residual, transposed).argmax(dim=1)
-                codes[first : first + block, index] = found
-                if index + 1 < n_q:
-                    residual = residual - embed[found]
+        with torch.autocast(z.device.type, enabled=False):
+            for first in range(0, len(rows), block):
+                residual = rows[first : first + block]
+                for index, (embed, transposed, bias) in enumerate(books):
+                    found = torch.addmm(bias, residual, transposed).argmax(dim=1)
+                    codes[first : first + block, index] = found
+                    if index + 1 < n_q:
+                        residual = residual - embed[found]
         return frames.back(codes, fill=-1).contiguous()
 
     @torch.no_grad()
