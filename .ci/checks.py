@@ -34,7 +34,8 @@ def different_files(one: Path, other: Path) -> list[str]:
     """Files below two folders that differ or exist on one side only."""
 
     def listing(folder: Path) -> set[Path]:
-        return {p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".py", ".ipynb")}
+        files = {p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".py", ".ipynb")}
+        return {p for p in files if ".ipynb_checkpoints" not in p.parts}
 
     names = listing(one) | listing(other)
     same = filecmp.cmpfiles(one, other, [str(n) for n in names], shallow=False)[0]

@@ -207,7 +207,7 @@ def test_real_recordings(real_speech):
 
 
 def test_variable_mp3_without_length_is_refused():
-    """Loud, then silent: frames of several bit rates. Without a Xing frame the length is unknown."""
+    """Loud, then silent: frames of several bit rates. Without a Xing frame, no length."""
     wav = torch.cat([0.5 * torch.sin(torch.arange(16000) * 1.1), torch.zeros(64000)]).view(1, 1, -1)
     data = audio.encode_audio(wav, 16000, "mp3")
     assert abs(audio.load_wav(data)[0].shape[-1] - 80000) < 4000
