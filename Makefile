@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 
 lab: $(READY)
 	$(BIN)/speechlab corpus build
-	$(BIN)/jupyter lab $(LAB_FLAGS) nbs/index.ipynb
+	$(BIN)/jupyter lab $(LAB_FLAGS) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 test: $(READY)
 	$(BIN)/python .ci/checks.py

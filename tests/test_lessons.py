@@ -204,6 +204,14 @@ def test_players_have_transcripts(book):
                 assert "http" not in page
 
 
+@each
+def test_cuda_cells_do_nothing_without_a_gpu(book):
+    """`Run All` in JupyterLab runs them too."""
+    for cell in book.code:
+        if "#| cuda" in cell["source"]:
+            assert "torch.cuda.is_available()" in cell["source"]
+
+
 def test_names_do_not_collide():
     stems = [re.sub(r"^\d+_", "", p.stem) for p in NOTEBOOKS]
     assert len(stems) == len(set(stems))

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-# %% ../../nbs/tokenizer/01_rvq.ipynb #ec8e407e
+# %% ../../nbs/tokenizer/01_rvq.ipynb #c9a71f52
+@torch.no_grad()
 def nearest_codes(
     x: Tensor,  # (N, D) float
     codebook: Tensor,  # (K, D)
@@ -27,7 +28,11 @@ def nearest_codes(
     bias = -0.5 * codebook.pow(2).sum(dim=1)
     if x.device.type != "cpu":
         block = 65536
-    found = [torch.addmm(bias, rows, codebook.T).argmax(dim=1) for rows in x.split(block)]
+    scores = x.new_empty(min(block, len(x)), len(codebook))  # written again for each block
+    found = [
+        torch.addmm(bias, rows, codebook.T, out=scores[: len(rows)]).argmax(dim=1)
+        for rows in x.split(block)
+    ]
     return torch.cat(found)
 
 # %% ../../nbs/tokenizer/01_rvq.ipynb #5c290045
@@ -392,14 +397,17 @@ class ResidualVQ(_Levels, PyTorchModelHubMixin):
         codes = torch.empty(len(rows), n_q, dtype=torch.long, device=z.device)
         block = 1024 if z.device.type == "cpu" else 65536
         books = [(b.embed, b.embed.T, -0.5 * b.embed.pow(2).sum(dim=1)) for b in self.levels[:n_q]]
+        scores = rows.new_empty(min(block, len(rows)), self.config.codebook_size)
+        chosen = rows.new_empty(min(block, len(rows)), self.config.dim)
         with torch.autocast(z.device.type, enabled=False):
             for first in range(0, len(rows), block):
-                residual = rows[first : first + block]
+                residual = rows[first : first + block].clone(memory_format=torch.contiguous_format)
+                count = len(residual)
                 for index, (embed, transposed, bias) in enumerate(books):
-                    found = torch.addmm(bias, residual, transposed).argmax(dim=1)
-                    codes[first : first + block, index] = found
+                    found = torch.addmm(bias, residual, transposed, out=scores[:count]).argmax(1)
+                    codes[first : first + count, index] = found
                     if index + 1 < n_q:
-                        residual = residual - embed[found]
+                        residual -= torch.index_select(embed, 0, found, out=chosen[:count])
         return frames.back(codes, fill=-1).contiguous()
 
     @torch.no_grad()
