@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
-CELL_LINES, EXPORT_LINES, COLUMNS = 15, 70, 100
+CELL_LINES, EXPORT_LINES, COLUMNS = 15, 75, 100
 SECTIONS = (
     r"(Hear|See) it first",
     r"What you will build",

@@ -95,7 +95,7 @@ def _check_riff(data: bytes, path: Path) -> None:
         if tag == b"fmt " and position + 22 <= len(data):
             align = max(1, struct.unpack_from("<H", data, position + 20)[0])
         if tag == b"data" and size == 0xFFFFFFFF:
-            raise AudioError(f"{path}: streamed WAV that does not state its length; convert it again")
+            raise AudioError(f"{path}: streamed WAV without a length; convert it again")
         if position + 8 + size > len(data):
             raise AudioError(
                 f"{path}: truncated WAV: chunk {tag!r} promises {size} bytes, "
@@ -260,8 +260,8 @@ def _check_mp3(data: bytes, path: Path) -> None:
         position, frames = position + size, frames + 1
     mark = max(first.find(b"Xing"), first.find(b"Info"))
     if mark < 0 and len(rates) > 1:
-        raise AudioError(f"{path}: MP3 of variable bit rate without a Xing header: its length is not "
-                         "known; convert it to WAV or FLAC")
+        raise AudioError(f"{path}: MP3 of variable bit rate without a Xing header: its "
+                         "length is not known; convert it to WAV or FLAC")
     if mark >= 0 and first[mark + 7] & 1:
         promised = struct.unpack_from(">I", first, mark + 8)[0]
         if frames - 1 < promised:
@@ -317,7 +317,8 @@ def encode_audio(
 @lru_cache(maxsize=16)
 def _resampler(from_rate: int, to_rate: int, device: str) -> torchaudio.transforms.Resample:
     with torch.inference_mode(False):  # else the cached filter could not serve in training
-        return torchaudio.transforms.Resample(from_rate, to_rate, lowpass_filter_width=16).to(device)
+        filtering = torchaudio.transforms.Resample(from_rate, to_rate, lowpass_filter_width=16)
+    return filtering.to(device)
 
 # %% ../../nbs/foundations/01_audio.ipynb #dbf577c0
 def resample(

@@ -42,8 +42,9 @@ from .phonemes import ACCENTS, PAUSE, Phone, Request, Voice, run_worker
 @lru_cache(maxsize=1)
 def _definitions() -> tuple[dict, dict]:
     "The parsed voices and sentences files."
-    read = [json.loads(data_file(f"corpus/{n}.json").read_text(encoding="utf-8")) for n in ("voices", "sentences")]
-    return read[0], read[1]
+    paths = (data_file("corpus/voices.json"), data_file("corpus/sentences.json"))
+    people, words = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    return people, words
 
 # %% ../../nbs/foundations/03_corpus.ipynb #3502a65f
 def voices(
@@ -375,7 +376,8 @@ def embedded_corpus(
 def _open_embedded(place: Path, sample_rate: int, name: str) -> Corpus:
     "A corpus over the memory-mapped shards of a cache folder."
     entries = []
-    for number in range(len(json.loads((place / "index.json").read_text(encoding="utf-8"))["shards"])):
+    index = json.loads((place / "index.json").read_text(encoding="utf-8"))
+    for number in range(len(index["shards"])):
         offset, path = 0, place / f"shard-{number:03d}.i16"
         for row in json.loads(path.with_suffix(".json").read_text(encoding="utf-8")):
             entries.append(
@@ -416,7 +418,7 @@ def split_of(key: str, valid: float = 0.05, test: float = 0.05) -> str:
 
 
 def _with_splits(entries: list[Entry]) -> list[Entry]:
-    "Splits by speaker where there are ten or more (at least one each to valid and test), else by id."
+    "Splits by speaker where there are ten or more (one or more to valid and test), else by id."
     people = sorted({e.speaker for e in entries}, key=lambda s: hashlib.sha256(s.encode()).digest())
     if len(people) < 10:
         return [replace(entry, split=split_of(entry.id)) for entry in entries]
@@ -455,7 +457,7 @@ def folder_corpus(
     resample_to_rate: bool = False,  # convert files of another rate; else they are an error
     speaker: Callable[[Path], str] | None = None,  # path -> speaker; None: the parent folder's name
 ) -> Corpus:
-    "All audio files below a folder, with transcripts from `.txt` files. Splits by speaker, if ten or more."
+    "All audio files below a folder, texts from `.txt` files; split by speaker from ten on."
     folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS)
     if not paths:
@@ -514,7 +516,7 @@ def librispeech_corpus(
     sample_rate: int = 16000,  # Hz
     resample_to_rate: bool = False,
 ) -> Corpus:
-    "A folder like LibriSpeech's: `speaker/chapter/*.flac`, `*.trans.txt`. Splits as in folder_corpus."
+    "A folder like LibriSpeech's: `speaker/chapter/*.flac` and `*.trans.txt`."
     folder = Path(folder)
     entries = []
     for transcripts in sorted(folder.rglob("*.trans.txt")):

@@ -282,7 +282,8 @@ def _worker(requests_path: Path, out: Path) -> None:
                 }
             )
             file.write(samples.tobytes())
-    out.with_suffix(".json").write_text(json.dumps({"espeak": engine.version, "made": made}), encoding="utf-8")
+    report = json.dumps({"espeak": engine.version, "made": made})
+    out.with_suffix(".json").write_text(report, encoding="utf-8")
 
 
 def run_worker(

@@ -122,7 +122,8 @@ def load_tree(path: str | os.PathLike, device: torch.device | str = "cpu"):
             if structure is None:
                 raise CheckpointError(f"{path}: a safetensors file, but not a speechlab checkpoint")
             names = list(file.keys())
-            return _unpack(json.loads(structure), {name: file.get_tensor(name).clone() for name in names})
+            tensors = {name: file.get_tensor(name).clone() for name in names}  # not the mapped file
+            return _unpack(json.loads(structure), tensors)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from None
 
@@ -377,8 +378,8 @@ class _Steps(_Parts):
                 stack.enter_context(self._precision())
                 metrics = self._step_function(self, self._batch)
             for key, value in metrics.items():  # vectors, such as perplexities, are averaged
-                value = torch.as_tensor(value, device=self.accelerator.device).detach().float().mean()
-                totals.setdefault(key, []).append(value)
+                value = torch.as_tensor(value, device=self.accelerator.device)
+                totals.setdefault(key, []).append(value.detach().float().mean())
         for name, average in self.averaged.items():
             average.update_parameters(self.raw(name))
         return {key: torch.stack(values).mean() for key, values in totals.items()}
@@ -434,7 +435,8 @@ class _Checkpoints(_Steps):
             optimizer.load_state_dict(state["optimizers"][name])
         for name, average in self.averaged.items():
             average.load_state_dict(state["averaged"][name])
-        self.step, self.history, self.seconds = state["step"], _from_bytes(state["history"]), state["seconds"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history = _from_bytes(state["history"])
         device = self.accelerator.device
         self._window = [
             {k: torch.tensor(v, device=device) for k, v in row.items()} for row in state["window"]
