@@ -8,7 +8,6 @@ dropped. With `--scratch` nothing is written: the notebooks are only executed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -52,8 +51,7 @@ def execute(path: Path, flags: set[str], timeout: int, scratch: bool) -> float:
                 cell.outputs = [o for o in cell.outputs if worth_keeping(o)]
     seconds = time.perf_counter() - started
     if not scratch:
-        text = json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        nbformat.write(book, path)  # sources and outputs as lists of lines: diffs stay small
         subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
     return seconds
 
