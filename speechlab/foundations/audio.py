@@ -26,11 +26,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import soundfile
+import torch
 import torchaudio
 from torch import Tensor, nn
-
-# %% ../../nbs/foundations/01_audio.ipynb #f18533b7
-import torch
 
 # %% ../../nbs/foundations/01_audio.ipynb #39acc455
 class AudioError(ValueError):

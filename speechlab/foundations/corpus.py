@@ -568,20 +568,21 @@ def _hub_bytes(value: dict) -> bytes:
     return value["bytes"] if value.get("bytes") else Path(value["path"]).read_bytes()
 
 
-def _hub_utterance(
-    row: dict, columns: dict, number: int, split: str, sample_rate: int
-) -> Utterance:
-    "Decode one row of a hub dataset."
-    wav, _ = load_wav(
-        _hub_bytes(row[columns["audio"]]), sample_rate, resample_to_rate=True, mono=True
-    )
+def _hub_wav(row: dict, columns: dict, sample_rate: int) -> Tensor:
+    "Decode the sound of one row, (1, 1, T)."
+    data = _hub_bytes(row[columns["audio"]])
+    return load_wav(data, sample_rate, resample_to_rate=True, mono=True)[0]
+
+
+def _hub_entry(row: dict, columns: dict, number: int, split: str, samples: int) -> Entry:
+    "What one row of a hub dataset says about itself."
     known = {
         k: str(row[columns[k]])
         for k in ("text", "speaker", "accent")
         if row.get(columns[k]) is not None
     }
     name = str(row.get(columns["id"]) or f"{split}-{number:07d}")
-    return Utterance(wav, sample_rate, Entry(name, wav.shape[-1], split=split, **known))
+    return Entry(name, samples, split=split, source=number, **known)
 
 
 @dataclass
@@ -590,13 +591,10 @@ class _HubReader:
 
     rows: object
     columns: dict
-    split: str
     sample_rate: int
 
     def __call__(self, entry: Entry, start: int, stop: int) -> Tensor:
-        row, number = self.rows[entry.source], entry.source
-        whole = _hub_utterance(row, self.columns, number, self.split, self.sample_rate)
-        return whole.wav[..., start:stop]
+        return _hub_wav(self.rows[entry.source], self.columns, self.sample_rate)[..., start:stop]
 
 # %% ../../nbs/foundations/03_corpus.ipynb #404ed937
 class StreamedCorpus:
@@ -615,7 +613,9 @@ class StreamedCorpus:
     def __iter__(self) -> Iterator[Utterance]:
         rows, columns = _hub_dataset(self.name, self._split, True, self._options)
         for number, row in enumerate(rows.skip(self.skipped), self.skipped):
-            yield _hub_utterance(row, columns, number, self._split, self.sample_rate)
+            wav = _hub_wav(row, columns, self.sample_rate)
+            entry = _hub_entry(row, columns, number, self._split, wav.shape[-1])
+            yield Utterance(wav, self.sample_rate, entry)
 
 
 def hub_corpus(
@@ -634,23 +634,10 @@ def hub_corpus(
     entries = []
     for number in tqdm(range(len(rows)), f"lengths of {name}", disable=len(rows) < 1000):
         info = soundfile.info(io.BytesIO(_hub_bytes(rows[number][columns["audio"]])))
-        row = plain[number]
-        known = {
-            k: str(row[columns[k]])
-            for k in ("text", "speaker", "accent")
-            if row.get(columns[k]) is not None
-        }
-        entries.append(
-            Entry(
-                str(row.get(columns["id"]) or f"{split}-{number:07d}"),
-                -(-info.frames * sample_rate // info.samplerate),
-                split=split,
-                source=number,
-                **known,
-            )
-        )
+        samples = -(-info.frames * sample_rate // info.samplerate)
+        entries.append(_hub_entry(plain[number], columns, number, split, samples))
 
-    read = _HubReader(rows, columns, split, sample_rate)
+    read = _HubReader(rows, columns, sample_rate)
     return Corpus(entries, read, sample_rate, name)
 
 # %% ../../nbs/foundations/03_corpus.ipynb #04f3392b
