@@ -750,9 +750,16 @@ class _Steps(Dataset):
 class SegmentBatches(Batches):
     "Random segments of fixed length; one from each utterance in each epoch."
 
-    def __init__(self, corpus: Corpus, seconds: float, batch_size: int, seed: int = 0):
+    def __init__(
+        self,
+        corpus: Corpus,
+        seconds: float,  # of a segment
+        batch_size: int,
+        seed: int = 0,
+        multiple: int = 1,  # segments start on multiples of so many samples
+    ):
         super().__init__(corpus, batch_size, seed)
-        self.samples = round(seconds * corpus.sample_rate)
+        self.samples, self.multiple = round(seconds * corpus.sample_rate), multiple
         if self.samples < 1:
             raise ValueError(f"seconds is {seconds}; a segment must hold at least one sample")
 
@@ -763,7 +770,8 @@ class SegmentBatches(Batches):
             index = int(_epoch_order(self.seed, epoch, len(self.corpus))[place])
             total = self.corpus.entries[index].samples
             rng = np.random.default_rng((self.seed, position, 1))
-            start = int(rng.integers(max(0, total - self.samples) + 1))
+            last = max(0, total - self.samples) // self.multiple
+            start = int(rng.integers(last + 1)) * self.multiple
             rows.append((index, start, min(total, start + self.samples)))
         return rows
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Schedule', 'warmup_factor', 'constant', 'cosine', 'noam', 'CheckpointError', 'save_tree', 'load_tree',
            'checkpoint_damage', 'save_checkpoint', 'last_checkpoint', 'TrainConfig', 'NonFiniteLoss', 'seed_step',
-           'Trainer']
+           'Trainer', 'checkpoint_folder', 'ShippedModel', 'publish']
 
-# %% ../../nbs/foundations/04_training.ipynb #a648d6d3
+# %% ../../nbs/foundations/04_training.ipynb #870dbb25
 import contextlib
+import copy
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .corpus import Batch, Batches
-from .machine import device_name, library_versions
+from .machine import data_file, device_name, library_versions
 
 # %% ../../nbs/foundations/04_training.ipynb #34dfd384
 Schedule = Callable[[int], float]  # step, from 0 -> factor on the learning rate
@@ -523,3 +525,38 @@ class Trainer(_Checkpoints):
             module.eval()
         with torch.no_grad():
             return {key: float(value) for key, value in self._validate(self).items()}
+
+# %% ../../nbs/foundations/04_training.ipynb #80c74c99
+def checkpoint_folder(
+    name: str | os.PathLike,  # a folder, the name of a shipped checkpoint, or a hub id
+) -> str:
+    "The folder of a checkpoint that ships with speechlab; another folder or a hub id stays."
+    if Path(name).is_dir():
+        return str(name)
+    try:
+        return str(data_file(f"checkpoints/{name}"))
+    except FileNotFoundError:
+        if "/" in str(name):
+            return str(name)
+        raise
+
+
+class ShippedModel(PyTorchModelHubMixin):
+    "`save_pretrained`, and a `from_pretrained` that also finds what ships with speechlab."
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, **options):
+        "A folder, the name of a checkpoint that ships with speechlab, or a hub id; in eval mode."
+        return super().from_pretrained(checkpoint_folder(name), **options).eval()
+
+
+def publish(
+    model: nn.Module,  # with save_pretrained
+    folder: str | os.PathLike,
+    card: str,  # README.md: data, scale, device, minutes, measures
+) -> Path:
+    "Write a model in half precision, with its card."
+    folder = Path(folder)
+    copy.deepcopy(model).cpu().half().save_pretrained(folder)
+    (folder / "README.md").write_text(card.strip() + "\n", encoding="utf-8")
+    return folder

@@ -213,6 +213,7 @@ class RVQOutput(NamedTuple):
     codebook_loss: Tensor  # scalar; pulls gradient codebooks to the data, 0 for EMA codebooks
     perplexity: Tensor  # (n_q,), exp of the entropy of the codes in this batch, 1 to K
     usage: Tensor  # (n_q,), share of the codes that occur in this batch, 0 to 1
+    first: Tensor  # (B, D, T), level 1 alone, with a straight-through gradient of its own
 
 
 def code_perplexity(
@@ -324,7 +325,7 @@ class _Levels(nn.Module):
         return codes, vectors, counts
 
     def _quantise(self, rows: Tensor, n_q: int, depth: Tensor | None) -> tuple:
-        "All levels for rows (N, D): their sum, codes (N, n_q), both losses, counts (n_q, K)."
+        "Rows (N, D): level 1, all levels' sum, codes (N, n_q), both losses, counts (n_q, K)."
         left, total = rows, torch.zeros_like(rows)
         codes = torch.full((len(rows), n_q), -1, dtype=torch.long, device=rows.device)
         commit, pull, counts = rows.new_zeros(()), rows.new_zeros(()), []
@@ -342,9 +343,10 @@ class _Levels(nn.Module):
             if depth is not None:
                 chosen = torch.zeros_like(rows).index_copy(0, active, chosen)
             left, total = left - chosen, total + chosen
+            first = total if index == 0 else first
         if self.config.codebook == "gradient":  # every parameter takes part, as DDP demands
             pull = pull + 0.0 * sum(level.embed.sum() for level in self.levels)
-        return total, codes, commit, pull, torch.stack(counts)
+        return first, total, codes, commit, pull, torch.stack(counts)
 
     def _draw_depths(self, frames: _Frames, n_q: int, like: Tensor) -> Tensor | None:
         "How many levels each row uses (N,), one number a sample; None: all of them."
@@ -377,12 +379,12 @@ class ResidualVQ(_Levels, PyTorchModelHubMixin):
         with torch.autocast(z.device.type, enabled=False):  # codes and averages want full precision
             rows = frames.rows(z).to(self.levels[0].embed.dtype)
             depth = self._draw_depths(frames, n_q, rows)
-            total, codes, commit, pull, counts = self._quantise(rows, n_q, depth)
+            first, total, codes, commit, pull, counts = self._quantise(rows, n_q, depth)
             if z.requires_grad:
-                total = rows + (total - rows).detach()
-        vectors, codes = frames.back(total).to(z.dtype), frames.back(codes, fill=-1)
-        used = (counts > 0).float().mean(dim=1)
-        return RVQOutput(vectors, codes, commit, pull, code_perplexity(counts), used)
+                first, total = (rows + (v - rows).detach() for v in (first, total))
+        first, vectors = (frames.back(v).to(z.dtype) for v in (first, total))
+        codes, used = frames.back(codes, fill=-1), (counts > 0).float().mean(dim=1)
+        return RVQOutput(vectors, codes, commit, pull, code_perplexity(counts), used, first)
 
     @torch.no_grad()
     def encode(

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+import torchaudio
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
@@ -349,7 +350,9 @@ class FrameCodecConfig:
     kind: str = "frames"
     dim: int = 64  # D, channels of z
     hop_length: int = 320  # samples per frame
-    n_fft: int = 1280  # samples in a window
+    n_fft: int = 640  # samples in a window
+    n_mels: int = 80  # bands that the encoder sees, twice per frame
+    sample_rate: int = 16000  # Hz
     width: int = 192  # channels of the blocks
     encoder_blocks: int = 4
     decoder_blocks: int = 6
@@ -361,10 +364,10 @@ class FrameCodecConfig:
         for name in ("dim", "hop_length", "width", "encoder_blocks", "decoder_blocks", "expansion"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.n_fft < 2 * self.hop_length or (self.n_fft - self.hop_length) % 2:
+        if self.hop_length % 4 or self.n_fft < 2 * self.hop_length or self.n_fft % 4:
             raise ValueError(
-                f"n_fft is {self.n_fft}; it must be at least twice the hop {self.hop_length}, "
-                "and differ from it by an even number"
+                f"hop_length is {self.hop_length} and n_fft {self.n_fft}; both must be multiples "
+                "of 4, and n_fft at least twice the hop"
             )
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd")
@@ -373,7 +376,7 @@ class FrameCodecConfig:
 class ConvNeXtBlock(nn.Module):
     "Depthwise convolution over time, then LayerNorm and a two-layer network per frame, plus input."
 
-    def __init__(self, width: int, expansion: int, kernel_size: int, causal: bool, depth: int):
+    def __init__(self, width: int, expansion: int, kernel_size: int, causal: bool):
         super().__init__()
         self.left = kernel_size - 1 if causal else kernel_size // 2
         self.right = kernel_size - 1 - self.left
@@ -381,7 +384,7 @@ class ConvNeXtBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, expansion * width)
         self.narrow = nn.Linear(expansion * width, width)
-        self.gain = nn.Parameter(torch.full((width,), 1.0 / depth))
+        self.gain = nn.Parameter(torch.full((width,), 0.1))  # nearly the identity at first
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B, width, frames), same shape out; frames where the (B, 1, frames) mask is False are 0."
@@ -398,14 +401,10 @@ class _Frames(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(
-            ConvNeXtBlock(
-                config.width, config.expansion, config.kernel_size, config.causal, blocks
-            )
+            ConvNeXtBlock(config.width, config.expansion, config.kernel_size, config.causal)
             for _ in range(blocks)
         )
         self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
-        extra = config.n_fft - config.hop_length  # samples that a window reaches beyond its frame
-        self.before = extra if config.causal else extra // 2
 
     def _start(self) -> None:
         "Weights with variance 1.2 / fan-in, biases 0: signals neither die out nor explode."
@@ -424,26 +423,30 @@ class FrameEncoder(_Frames):
 
     def __init__(self, config: FrameCodecConfig = FrameCodecConfig()):
         super().__init__(config, config.encoder_blocks)
-        self.first = nn.Conv1d(config.n_fft + 2, config.width, 1)
+        bank = torchaudio.functional.melscale_fbanks(
+            config.n_fft // 2 + 1, 0.0, config.sample_rate / 2, config.n_mels, config.sample_rate
+        )
+        self.register_buffer("bank", bank, persistent=False)
+        self.first = nn.Conv1d(2 * config.n_mels, config.width, 1)
         self.last = nn.Conv1d(config.width, config.dim, 1)
         self._start()
 
-    def _spectrum(self, wav: Tensor) -> Tensor:
-        "Compressed spectrum |X|^0.3 exp(i phase) as real and imaginary parts (B, n_fft + 2, frames)."
-        hop, n_fft = self.config.hop_length, self.config.n_fft
-        right = n_fft - hop - self.before + -wav.shape[-1] % hop
-        pieces = F.pad(wav[:, 0], (self.before, right)).unfold(-1, n_fft, hop)
-        spectrum = torch.fft.rfft(pieces * self.window, norm="ortho")
-        size = spectrum.abs().clamp(min=1e-4)
-        parts = torch.view_as_real(spectrum) * size[..., None] ** -0.7
-        return parts.flatten(2).transpose(1, 2)
+    def _features(self, wav: Tensor) -> Tensor:
+        "Log10-mels of both halves of each frame (B, 2 x n_mels, frames), near 0 for speech."
+        half, n_fft = self.config.hop_length // 2, self.config.n_fft
+        left = n_fft - half if self.config.causal else (n_fft - half) // 2
+        right = n_fft - half - left + -wav.shape[-1] % self.config.hop_length
+        pieces = F.pad(wav[:, 0], (left, right)).unfold(-1, n_fft, half)
+        mel = torch.fft.rfft(pieces * self.window).abs() @ self.bank
+        mel = mel.clamp(min=1e-3).log10() + 1
+        return mel.view(len(wav), -1, 2 * self.config.n_mels).transpose(1, 2)
 
     def forward(
         self,
         wav: Tensor,  # (B, 1, T), 0 behind each row's end
         lengths: Tensor | None = None,  # (B,) valid samples; None: all
     ) -> Tensor:  # (B, dim, frames), 0 behind each row's end
-        x = self.first(self._spectrum(wav))
+        x = self.first(self._features(wav))
         hop = self.config.hop_length
         mask = self._mask(None if lengths is None else -(-lengths // hop), x.shape[-1])
         x = x if mask is None else x * mask
@@ -463,6 +466,7 @@ class FrameDecoder(_Frames):
         self.head = nn.Linear(config.width, config.n_fft + 2)
         self._start()
         nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.constant_(self.head.bias[: config.n_fft // 2 + 1], -5.0)  # start quiet, not at 1
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
         "(B, n_fft, frames) to (B, 1, samples), each window a hop further on."
@@ -486,8 +490,8 @@ class FrameDecoder(_Frames):
         keep = pieces.new_ones(1, 1, z.shape[-1]) if mask is None else mask.to(pieces)
         wav = self._overlap_add(pieces.transpose(1, 2) * keep)
         weight = self._overlap_add(self.window.square()[None, :, None] * keep)
-        start, total = (0 if self.config.causal else self.before), z.shape[-1]
-        total *= self.config.hop_length
+        total = z.shape[-1] * self.config.hop_length
+        start = 0 if self.config.causal else (self.config.n_fft - self.config.hop_length) // 2
         wav = (wav / weight.clamp(min=1e-3))[..., start : start + total]
         if lengths is None:
             return wav
