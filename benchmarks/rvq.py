@@ -11,18 +11,14 @@ voices, and normal vectors.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
 import torch
+from common import interleaved, options, report, rows_for
 
 from speechlab.foundations.audio import LogMel
 from speechlab.foundations.corpus import embedded_corpus
-from speechlab.foundations.machine import device_name, library_versions
 from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig, code_perplexity
 
 warnings.filterwarnings("ignore")
@@ -86,34 +82,6 @@ def train_step(name: str, model, z: torch.Tensor, rows: torch.Tensor) -> None:
         quantized, _, commit, _ = model(leaf)
         loss = quantized.mean() + commit.mean()
     loss.backward()
-
-
-def interleaved(calls: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each call, run in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def rows_for(case: str, seconds: dict[str, float]) -> list[dict]:
-    return [
-        {
-            "case": case,
-            "ours": seconds["ours"],
-            "peer": name,
-            "peer_value": value,
-            "unit": "s",
-            "ratio": value / seconds["ours"],
-        }
-        for name, value in seconds.items()
-        if name != "ours"
-    ]
 
 
 def speed(dim: int, count: int, rounds: int) -> list[dict]:
@@ -204,37 +172,13 @@ def quality(kind: str, steps: int, seed: int = 0, size: int = 256, levels: int =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer vectors and rounds, for a smoke test"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    count, rounds = (1600, 3) if options.quick else (16000, 5)
+    chosen = options(__doc__)
+    count, rounds = (1600, 3) if chosen.quick else (16000, 5)
     rows = [row for dim in (128, 1024) for row in speed(dim, count, rounds)]
-    for kind in ("normal vectors",) if options.quick else ("mel frames", "normal vectors"):
-        for seed in range(1 if options.quick else 3):
-            rows += quality(kind, 60 if options.quick else 500, seed)
-    report = {
-        "machine": device_name("cpu"),
-        "rows": rows,
-        "versions": library_versions(
-            "speechlab", "torch", "vector-quantize-pytorch", "speechtokenizer"
-        ),
-    }
-    if options.json:
-        print(json.dumps(report, indent=1))
-        return
-    print(report["machine"], report["versions"])
-    for row in rows:
-        print(
-            f"{row['case']:40} ours {row['ours']:9.4f}{row['unit']}  {row['peer']:26} "
-            f"{row['peer_value']:9.4f}{row['unit']}  ratio {row['ratio']:.2f}"
-        )
+    for kind in ("normal vectors",) if chosen.quick else ("mel frames", "normal vectors"):
+        for seed in range(1 if chosen.quick else 3):
+            rows += quality(kind, 60 if chosen.quick else 500, seed)
+    report(rows, chosen.json, "vector-quantize-pytorch", "speechtokenizer")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run by the tests in one or two gloo processes: trains, and prints what came out.
 
-python two_processes.py WORLD FOLDER linear|rvq
+python two_processes.py WORLD FOLDER linear|rvq|tokenizer
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ def worker(rank: int, world: int, folder: str, what: str) -> None:
         "ACCELERATE_USE_CPU": "true",
     }
     torch.set_num_threads(1)
-    result = train_linear(Path(folder)) if what == "linear" else train_rvq(rank, world)
+    if what == "rvq":
+        result = train_rvq(rank, world)
+    else:
+        result = (train_linear if what == "linear" else train_codec)(Path(folder))
     torch.save(result, Path(folder) / f"{what}-{world}-{rank}.pt")
 
 
@@ -46,6 +49,42 @@ def train_linear(folder: Path) -> dict:
     )
     history = trainer.fit()
     return {"weights": trainer.raw().state_dict(), "loss": [row["loss"] for row in history]}
+
+
+def train_codec(folder: Path) -> dict:
+    """A tokeniser with critics and distillation, without random choices; both optimisers step."""
+    from speechlab.foundations.corpus import embedded_corpus
+    from speechlab.tokenizer import speech_tokenizer as st
+    from speechlab.tokenizer.discriminators import DiscriminatorsConfig
+    from speechlab.tokenizer.rvq import RVQConfig
+    from speechlab.tokenizer.seanet import FrameCodecConfig
+
+    class Distiller:
+        size = 10
+
+        def __call__(self, semantic, batch):
+            return (semantic - 1).square().mean()
+
+    config = st.SpeechTokenizerConfig(
+        FrameCodecConfig(dim=12, width=16, encoder_blocks=1, decoder_blocks=1),
+        RVQConfig(dim=12, n_q=2, codebook_size=8, kmeans_iterations=0, revive_below=0.0),
+        10,
+    )
+    critics = DiscriminatorsConfig((3,), 0, (256,), period_width=2, stft_width=2)
+    training = st.TokenizerTraining(
+        steps=6, seconds=0.25, batch_size=4, critics=critics, quantise_from=0.3, log_every=2
+    )
+    trainer = st.tokenizer_trainer(
+        embedded_corpus("smoke"),
+        folder / f"run-{os.environ['WORLD_SIZE']}",
+        config,
+        training,
+        Distiller(),
+    )
+    history = trainer.fit()
+    losses = torch.tensor([[row["mel"], row["commit"], row["distill"]] for row in history])
+    weights = trainer.raw("generator").state_dict() | trainer.raw("critics").state_dict()
+    return {"weights": weights, "losses": losses}
 
 
 def train_rvq(rank: int, world: int) -> dict:

@@ -140,8 +140,8 @@ class RecognizerConfig:
 class PhoneRecognizer(nn.Module, ShippedModel):
     """`wav (B, 1, T) -> log probabilities (B, frames, 1 + phones)`, 50 frames a second; CTC.
 
-    The mel mirrors the sound at its end; in a padded batch it meets zeros there, so that scores of the
-    last two frames may differ a little from those of the signal alone.
+    The mel mirrors the sound at its end; in a padded batch it meets zeros there, so that scores of
+    the last two frames may differ a little from those of the signal alone.
     """
 
     def __init__(self, config: RecognizerConfig):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Schedule', 'warmup_factor', 'constant', 'cosine', 'noam', 'CheckpointError', 'save_tree', 'load_tree',
            'checkpoint_damage', 'save_checkpoint', 'last_checkpoint', 'TrainConfig', 'NonFiniteLoss', 'seed_step',
-           'Trainer', 'checkpoint_folder', 'ShippedModel', 'publish']
+           'Trainer', 'checkpoint_folder', 'ShippedModel', 'run_seconds', 'publish']
 
 # %% ../../nbs/foundations/04_training.ipynb #870dbb25
 import contextlib
@@ -548,6 +548,12 @@ class ShippedModel(PyTorchModelHubMixin):
     def from_pretrained(cls, name: str | os.PathLike, **options):
         "A folder, the name of a checkpoint that ships with speechlab, or a hub id; in eval mode."
         return super().from_pretrained(checkpoint_folder(name), **options).eval()
+
+
+def run_seconds(folder: str | os.PathLike) -> float:
+    "Seconds of training that a run's metrics report."
+    rows = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads(rows[-1])["seconds"]
 
 
 def publish(

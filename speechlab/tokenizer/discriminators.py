@@ -127,7 +127,7 @@ class DiscriminatorsConfig:
 
 
 class Discriminators(nn.Module):
-    "`wav (B, 1, T) -> scores, features`: a list with a map of scores, and one of layer outputs, each."
+    "`wav (B, 1, T) -> scores, features`: of each critic a map of scores, and its layers' outputs."
 
     def __init__(self, config: DiscriminatorsConfig = DiscriminatorsConfig()):
         super().__init__()

@@ -104,7 +104,8 @@ class Distiller:
     ) -> Tensor:  # scalar
         features, mask = self.cache.batch(batch)
         if self.kind == "pseudo_label":
-            return pseudo_label_loss(semantic, self.units.to(features.device).number(features), mask)
+            units = self.units.to(features.device).number(features)
+            return pseudo_label_loss(semantic, units, mask)
         features = (features - self.mean.to(features)) / self.scale.to(features)
         loss = d_axis_loss if self.kind == "d_axis" else t_axis_loss
         return loss(semantic, features, mask)

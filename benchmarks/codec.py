@@ -1,0 +1,115 @@
+"""Encode and decode: ours against the official SpeechTokenizer, same weights, published size.
+
+    python benchmarks/codec.py [--json] [--quick] [--threads N]
+
+The official model gets random weights and codebooks, ours loads its files. Codes must be equal and
+waves within 1e-4 before anything is timed. Then ours (weights folded, gradients off) and the
+official code (as its README uses it, under no_grad) take turns on ten seconds of audio. Peak memory
+is that of a fresh process which loads one of the two and runs it once. Ratios above 1: ours is better.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from common import interleaved, options, report, rows_for
+
+from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer, load_official
+
+warnings.filterwarnings("ignore")
+CONFIG = {
+    "n_filters": 64,
+    "strides": [8, 5, 4, 2],
+    "dimension": 1024,
+    "semantic_dimension": 768,
+    "bidirectional": True,
+    "dilation_base": 2,
+    "residual_kernel_size": 3,
+    "n_residual_layers": 1,
+    "lstm_layers": 2,
+    "activation": "ELU",
+    "sample_rate": 16000,
+    "n_q": 8,
+    "codebook_size": 1024,
+}
+PEER = "official SpeechTokenizer"
+
+ONE_RUN = """
+import resource, sys, warnings
+warnings.filterwarnings("ignore")
+import torch
+torch.set_num_threads(int(sys.argv[4]))
+which, folder, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3])
+from speechlab.tokenizer.speech_tokenizer import load_official  # both: the same imports
+from speechtokenizer import SpeechTokenizer
+files = f"{folder}/config.json", f"{folder}/SpeechTokenizer.pt"
+torch.manual_seed(0)
+wav = (torch.rand(1, 1, 16000 * seconds) - 0.5) * 0.2
+with torch.no_grad():
+    if which == "ours":
+        model = load_official(*files).fold()
+    else:
+        model = SpeechTokenizer.load_from_checkpoint(*files).eval()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model.decode(model.encode(wav))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def make_pair(folder: str) -> tuple[torch.nn.Module, SpeechTokenizer]:
+    """The official model, written to its files, and ours, read from them."""
+    from speechtokenizer import SpeechTokenizer as Official
+
+    torch.manual_seed(0)
+    peer = Official(CONFIG).eval()
+    for layer in peer.quantizer.vq.layers:
+        layer._codebook.embed.normal_().mul_(0.05)
+        layer._codebook.inited.fill_(1)
+    config, checkpoint = Path(folder) / "config.json", Path(folder) / "SpeechTokenizer.pt"
+    config.write_text(json.dumps(CONFIG))
+    torch.save(peer.state_dict(), checkpoint)
+    return peer, load_official(config, checkpoint).fold()
+
+
+def peak_memory(which: str, folder: str, seconds: int, threads: int) -> float:
+    """MiB of a fresh process that encodes and decodes once."""
+    command = [sys.executable, "-c", ONE_RUN, which, folder, str(seconds), str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@torch.no_grad()
+def main() -> None:
+    chosen = options(__doc__)
+    seconds, rounds = (2, 3) if chosen.quick else (10, 7)
+    with tempfile.TemporaryDirectory() as folder:
+        peer, ours = make_pair(folder)
+        wav = (torch.rand(1, 1, 16000 * seconds) - 0.5) * 0.2
+        codes, theirs = ours.encode(wav), peer.encode(wav)
+        if not torch.equal(codes[0], theirs[:, 0]):
+            raise SystemExit("codes differ: nothing to compare")
+        if (ours.decode(codes) - peer.decode(theirs)).abs().max() > 1e-4:
+            raise SystemExit("waves differ: nothing to compare")
+        case = f"of {seconds} s, batch 1, {chosen.threads} threads"
+        times = interleaved(
+            {"ours": lambda: ours.encode(wav), PEER: lambda: peer.encode(wav)}, rounds
+        )
+        rows = rows_for(f"encode {case}", times)
+        times = interleaved(
+            {"ours": lambda: ours.decode(codes), PEER: lambda: peer.decode(theirs)}, rounds
+        )
+        rows += rows_for(f"decode {case}", times)
+        peaks = {
+            name: peak_memory(name, folder, seconds, chosen.threads) for name in ("ours", PEER)
+        }
+        rows += rows_for(f"peak memory of a process, {seconds} s", peaks, "MiB")
+    report(rows, chosen.json, "speechtokenizer")
+
+
+if __name__ == "__main__":
+    main()
