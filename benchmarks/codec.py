@@ -5,7 +5,7 @@
 The official model gets random weights and codebooks, ours loads its files. Codes must be equal and
 waves within 1e-4 before anything is timed. Then ours (weights folded, gradients off) and the
 official code (as its README uses it, under no_grad) take turns on ten seconds of audio. Peak memory
-is that of a fresh process which loads one of the two and runs it once. Ratios above 1: ours is better.
+is that of a fresh process which loads one of the two and runs it once. Ratios above 1: ours wins.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import inspect
 import pytest
 import torch
 
-from speechlab.foundations import audio
+from speechlab.foundations import audio, evaluation
 from speechlab.foundations.audio import AudioError
-from speechlab.tokenizer import rvq
+from speechlab.tokenizer import losses, rvq, speech_tokenizer, teachers
 from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig
 
 GOOD = torch.linspace(-0.5, 0.5, 16000).view(1, 1, -1)
@@ -55,6 +55,33 @@ def test_bad_wav(name, kind):
         return
     with pytest.raises(AudioError, match="wav"):
         TAKES_WAV[name](BAD_WAVS[kind])
+
+
+def recognise(wav):
+    config = evaluation.RecognizerConfig(("a",), width=4)
+    return evaluation.PhoneRecognizer(config).eval().transcribe(wav)
+
+
+TAKES_MORE = {  # these name the argument in an AudioError or a ValueError
+    "transcribe": recognise,
+    "mel_distance": lambda wav: evaluation.mel_distance(wav, wav),
+    "MFCC": lambda wav: teachers.MFCC()(wav),
+    "Teacher": lambda wav: teachers.Teacher.untrained(width=16, layers=1)(wav),
+}
+PAIRS = {"time_loss", "check_pair"}  # training losses: see below
+TAKES_MORE["time_loss"] = lambda wav: losses.time_loss(wav, wav)
+TAKES_MORE["check_pair"] = lambda wav: losses.check_pair(wav, wav)
+INTERNAL = {"pad_for_frames", "change_speed"}  # of networks; their callers check
+TAKES_MORE |= dict.fromkeys(INTERNAL)
+
+
+@pytest.mark.parametrize("kind", BAD_WAVS)
+@pytest.mark.parametrize("name", [n for n, call in TAKES_MORE.items() if call])
+def test_bad_wav_elsewhere(name, kind):
+    if name in PAIRS and kind in ("stereo", "float64", "NaN", "infinite", "out of range"):
+        return  # a loss compares whatever the network gives; the trainer stops at NaN
+    with pytest.raises(ValueError, match="wav"):
+        TAKES_MORE[name](BAD_WAVS[kind])
 
 
 @pytest.mark.parametrize(
@@ -178,5 +205,7 @@ def test_every_public_function_has_rows():
         return {n for n, f in found.items() if argument in inspect.signature(f).parameters}
 
     assert functions_with(audio, "wav") <= set(TAKES_WAV)
+    for module in (evaluation, losses, teachers, speech_tokenizer):
+        assert functions_with(module, "wav") <= set(TAKES_MORE), module.__name__
     assert functions_with(audio, "codes") <= {"plot_codes"}
     assert functions_with(rvq, "codes") <= {"check_codes", "code_sums"}

@@ -210,7 +210,10 @@ def test_dilated_convolution_keeps_the_length():
         (lambda: SEANetConfig(strides=()), "strides is"),
         (lambda: SEANetConfig(pad_mode="zeros"), "pad_mode is 'zeros'"),
         (lambda: SEANetConfig(causal=True), "reflection looks ahead"),
-        (lambda: SEANetConfig(causal=True, pad_mode="constant"), "bidirectional LSTM is not causal"),
+        (
+            lambda: SEANetConfig(causal=True, pad_mode="constant"),
+            "bidirectional LSTM is not causal",
+        ),
         (lambda: make_codec(SEANetConfig(activation="ReLU")), "activation is 'ReLU'"),
         (lambda: FrameCodecConfig(n_fft=400), "n_fft 400"),
         (lambda: FrameCodecConfig(kernel_size=4), "kernel_size is 4"),

@@ -25,6 +25,8 @@ from speechlab.tokenizer.teachers import (
     HubertPretraining,
     Teacher,
     Units,
+    change_speed,
+    finetune_hubert,
     frame_geometry,
     match_frames,
     pad_for_frames,
@@ -126,7 +128,7 @@ def test_bad_arguments(call, words):
 
 
 def test_distillation_reaches_z_through_level_1_only():
-    """The gradient at z is that of the loss at q1, passed straight; other codebooks play no part."""
+    """The gradient at z is that of the loss at q1, passed straight; no other codebook matters."""
     torch.manual_seed(0)
     rvq = ResidualVQ(RVQConfig(dim=6, n_q=4, codebook_size=16, kmeans_iterations=0)).eval()
     z, teacher = noise(2, 6, 20).requires_grad_(True), noise(2, 20, 6, seed=1)
@@ -344,3 +346,29 @@ def test_pretraining_learns_and_resumes(tmp_path, corpus):
     two, _ = run(tmp_path / "a", 12)  # finished: nothing to do
     for a, b in zip(one.state_dict().values(), two.state_dict().values()):
         assert torch.equal(a, b)
+
+
+def test_finetuning_learns_and_leaves_its_start_alone(tmp_path, corpus):
+    start = Teacher.untrained(width=16, layers=1).model
+    before = {k: v.clone() for k, v in start.state_dict().items()}
+    tuned, history = finetune_hubert(start, corpus, tmp_path, 30, 4, learning_rate=5e-3)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert all(torch.equal(before[k], v) for k, v in start.state_dict().items())
+    assert any(not torch.equal(before[k], v) for k, v in tuned.state_dict().items())
+
+
+@given(factor=st.floats(0.7, 1.4), samples=st.integers(1600, 9000))
+def test_labels_follow_their_sounds_when_the_speed_changes(factor, samples):
+    """A wave that holds its own frame number: after the change, labels and sound still agree."""
+    numbers = torch.arange(samples) // 320
+    wav = (numbers / 100).view(1, 1, -1)
+    labels = torch.arange(-(-samples // 320))[None]
+    moved, followed = change_speed(wav, labels, factor)
+    assert abs(moved.shape[-1] - samples / factor) <= 1
+    assert followed.shape[1] == -(-moved.shape[-1] // 320)
+    for frame in range(moved.shape[-1] // 320):
+        heard = float(moved[0, 0, frame * 320 + 160]) * 100
+        assert abs(heard - float(followed[0, frame])) <= 1.01
+    same, kept = change_speed(wav, labels, 1.0)
+    assert torch.equal(same, wav)
+    assert torch.equal(kept, labels)

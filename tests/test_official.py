@@ -190,7 +190,7 @@ def test_foreign_checkpoints_are_refused(tmp_path, capsys):
     whole = checkpoint.read_bytes()
     for data in (b"", whole[: len(whole) // 2], b"RIFF" + whole[:100], pickle.dumps(Evil())):
         checkpoint.write_bytes(data)
-        with pytest.raises(CheckpointError, match="SpeechTokenizer.pt"):
+        with pytest.raises(CheckpointError, match=r"SpeechTokenizer\.pt"):
             load_official(config, checkpoint)
     torch.save({"encoder": Evil()}, checkpoint)
     with pytest.raises(CheckpointError, match="safely"):

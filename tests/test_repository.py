@@ -107,9 +107,21 @@ def public(module) -> set[str]:
 
 
 MODULES = [
-    f"speechlab.foundations.{m}" for m in ("machine", "audio", "phonemes", "corpus", "training")
+    f"speechlab.foundations.{m}"
+    for m in ("machine", "audio", "phonemes", "corpus", "training", "evaluation")
 ]
-MODULES.append("speechlab.tokenizer.rvq")
+MODULES += [
+    f"speechlab.tokenizer.{m}"
+    for m in (
+        "rvq",
+        "seanet",
+        "losses",
+        "discriminators",
+        "teachers",
+        "distillation",
+        "speech_tokenizer",
+    )
+]
 
 
 def test_api_page_shows_every_public_symbol():
@@ -175,6 +187,68 @@ def test_corpus_commands(tmp_path, corpus):
     assert json.loads(out.stdout)["all"]["utterances"] == len(corpus)
 
 
+def test_training_commands(tmp_path):
+    """Two steps of each; the folder then holds a model, a card and a report that agree."""
+    for name in ("recognizer", "teacher"):
+        out = speechlab_command(
+            "train", name, str(tmp_path / name), "--size", "smoke", "--steps", "2"
+        )
+        assert out.returncode == 0, out.stderr[-2000:]
+        assert f"speechlab train {name}" in (tmp_path / name / "README.md").read_text()
+    out = speechlab_command(
+        *("train", "tokenizer", str(tmp_path / "codec"), "--size", "smoke", "--steps", "4"),
+        *("--teacher", str(tmp_path / "teacher"), "--layer", "2", "--seconds", "0.5"),
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    report = json.loads((tmp_path / "codec" / "report.json").read_text())
+    card = (tmp_path / "codec" / "README.md").read_text()
+    assert f"{report['mel_distance']['8']:.3f}" in card
+    assert "layer 2" in card
+    assert (tmp_path / "codec" / "model.safetensors").stat().st_size < 8_000_000
+
+
+def test_resynth_command(tmp_path, corpus):
+    from speechlab.foundations.audio import load_wav, save_wav
+
+    save_wav(tmp_path / "in.flac", corpus[0].wav, 16000)
+    command = ("resynth", str(tmp_path / "in.flac"), str(tmp_path / "out.wav"))
+    out = speechlab_command(*command, "--n-q", "2", "--json")
+    assert out.returncode == 0, out.stderr
+    report = json.loads(out.stdout)
+    assert report["bits per second"] == 800
+    wav, rate = load_wav(tmp_path / "out.wav")
+    assert wav.shape == corpus[0].wav.shape
+    assert rate == 16000
+    all_levels = json.loads(speechlab_command(*command, "--json").stdout)
+    assert all_levels["mel distance"] < report["mel distance"] < 0.6
+    out = speechlab_command(*command, "--n-q", "9")
+    assert out.returncode == 1
+    assert "n_q is 9" in out.stderr
+    out = speechlab_command("resynth", "/nowhere.wav", str(tmp_path / "x.wav"))
+    assert out.returncode == 1
+    assert "nowhere" in out.stderr
+
+
+def test_shipped_checkpoints_are_small_and_have_cards():
+    folders = [p for p in (ROOT / "data" / "checkpoints").iterdir() if p.is_dir()]
+    assert {p.name for p in folders} >= {
+        "phone-recognizer",
+        "tiny-hubert",
+        "tiny-hubert-ft",
+        "speechtokenizer-small",
+        "encodec-small",
+    }
+    total = 0
+    for folder in folders:
+        size = (folder / "model.safetensors").stat().st_size
+        total += size
+        assert size <= 8_000_000, folder.name
+        card = (folder / "README.md").read_text()
+        for word in ("made by", "data", "device", "training time"):
+            assert f"- {word}:" in card, (folder.name, word)
+    assert total <= 60_000_000
+
+
 def test_errors_are_one_line():
     out = speechlab_command("corpus", "stats", "--folder", "/nowhere")
     assert out.returncode == 1
@@ -183,7 +257,19 @@ def test_errors_are_one_line():
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("corpus",), ("corpus", "build"), ("corpus", "stats"), ("info",)]
+    "command",
+    [
+        (),
+        ("corpus",),
+        ("corpus", "build"),
+        ("corpus", "stats"),
+        ("info",),
+        ("train",),
+        ("train", "tokenizer"),
+        ("train", "teacher"),
+        ("train", "recognizer"),
+        ("resynth",),
+    ],
 )
 def test_help_is_worth_reading(command):
     out = speechlab_command(*command, "--help")

@@ -101,7 +101,9 @@ def test_batch_equals_each_alone(name, lengths):
     longest = max(lengths)
     batch = torch.cat([torch.nn.functional.pad(s, (0, longest - s.shape[-1])) for s in signals])
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    junk = torch.where(mask[:, None], batch, torch.full_like(batch, 0.7))  # padding may hold anything
+    junk = torch.where(
+        mask[:, None], batch, torch.full_like(batch, 0.7)
+    )  # padding may hold anything
     codes = tokenizer.encode(junk, mask=mask)
     sound = tokenizer.decode(codes, mask=codes[:, 0] >= 0)
     for row, signal in enumerate(signals):
@@ -137,7 +139,9 @@ def test_named_configs():
     assert CONFIGS["official"].bits_per_second == 4000
     assert CONFIGS["small"].bits_per_second == 3200
     assert all(c.hop_length == 320 for c in CONFIGS.values())
-    assert SpeechTokenizerConfig(**json.loads(json.dumps(as_dict(TINY["seanet"])))) == TINY["seanet"]
+    assert (
+        SpeechTokenizerConfig(**json.loads(json.dumps(as_dict(TINY["seanet"])))) == TINY["seanet"]
+    )
 
 
 def as_dict(config):
@@ -155,9 +159,7 @@ def test_training_resumes_bit_for_bit(name, balance, tmp_path, corpus):
     training = replace(FAST, balance=balance)
 
     def trainer(folder):
-        return tokenizer_trainer(
-            corpus, tmp_path / folder, TINY[name], training, FixedDistiller()
-        )
+        return tokenizer_trainer(corpus, tmp_path / folder, TINY[name], training, FixedDistiller())
 
     whole = trainer("whole")
     whole.fit()
@@ -333,7 +335,7 @@ def test_other_rates_are_refused(tmp_path, corpus):
 
 
 def test_official_recipe_runs(tmp_path, corpus):
-    """LSGAN, unnormalised features and the repository's weights: the losses of the official code."""
+    """LSGAN, unnormalised features and the repository's weights: the official code's losses."""
     from dataclasses import replace
 
     weights = LossWeights(500.0, 45.0, 1.0, 1.0, 10.0, 120.0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['phone_symbols', 'phone_frames', 'TokenQuality', 'token_quality', 'code_quality', 'mel_distance', 'RecognizerConfig',
-           'PhoneRecognizer', 'spoken_phones', 'train_recognizer', 'phone_error_rate']
+           'PhoneRecognizer', 'spoken_phones', 'phone_targets', 'ctc_loss', 'train_recognizer', 'phone_error_rate']
 
 # %% ../../nbs/foundations/05_evaluation.ipynb #22747870
 import os
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torchaudio.functional import edit_distance
 
-from .audio import LogMel, check_wav, log_mel
+from .audio import check_wav, log_mel
 from .corpus import BucketBatches, Corpus, Entry
 from .phonemes import PAUSE
 from .training import ShippedModel, TrainConfig, Trainer, cosine
@@ -147,7 +147,7 @@ class PhoneRecognizer(nn.Module, ShippedModel):
     def __init__(self, config: RecognizerConfig):
         super().__init__()
         self.config, width = config, config.width
-        self.mel = LogMel(config.sample_rate, hop_length=config.sample_rate // 50)
+        self.hop_length, self.floor = config.sample_rate // 50, 1e-4
         self.convs = nn.ModuleList(
             nn.Conv1d(size, width, 5, padding=2) for size in (config.n_mels, width)
         )
@@ -156,20 +156,21 @@ class PhoneRecognizer(nn.Module, ShippedModel):
 
     def frames(self, lengths: Tensor) -> Tensor:
         "Frames of signals with so many samples."
-        return lengths // self.mel.hop_length + 1
+        return lengths // self.hop_length + 1
 
     def forward(
         self,
         wav: Tensor,  # (B, 1, T)
         lengths: Tensor | None = None,  # (B,) valid samples; None: all
     ) -> Tensor:  # (B, frames, 1 + phones)
-        mel = self.mel(wav)
+        rate, settings = self.config.sample_rate, {"n_mels": self.config.n_mels}
+        mel = log_mel(wav, rate, hop_length=self.hop_length, floor=self.floor, **settings)
         if lengths is None:
             lengths = torch.full((len(wav),), wav.shape[-1], device=wav.device)
         frames = self.frames(lengths)
         mask = torch.arange(mel.shape[-1], device=wav.device) < frames[:, None]
         # Frames behind the end count as silence, so that neighbours do not notice the padding.
-        x = torch.where(mask[:, None], mel, mel.new_tensor(self.mel.floor).log10()) / 2 + 1
+        x = torch.where(mask[:, None], mel, mel.new_tensor(self.floor).log10()) / 2 + 1
         for conv in self.convs:
             x = F.gelu(conv(x)) * mask[:, None]
         packed = pack_padded_sequence(
@@ -185,7 +186,7 @@ class PhoneRecognizer(nn.Module, ShippedModel):
         lengths: Tensor | None = None,  # (B,) valid samples; None: all
     ) -> list[list[str]]:
         "The most likely phone of each frame, repeats merged, blanks removed."
-        check_wav(wav, min_samples=self.mel.n_fft // 2 + 1)
+        check_wav(wav, min_samples=513)  # half a window of the mel
         best = self(wav, lengths).argmax(dim=-1)
         if lengths is None:
             lengths = torch.full((len(wav),), wav.shape[-1])
@@ -198,21 +199,35 @@ def spoken_phones(entry: Entry) -> list[str]:
     return [phone.ipa for phone in entry.phones if phone.ipa != PAUSE]
 
 
+def phone_targets(corpus: Corpus) -> tuple[dict[str, list[int]], Corpus]:
+    "The phone numbers (from 1) of each training utterance by its id, and those utterances."
+    number = {symbol: index + 1 for index, symbol in enumerate(sorted(corpus.phone_counts()))}
+    part = corpus.split("train").filter(lambda entry: len(spoken_phones(entry)) > 0)
+    return {e.id: [number[s] for s in spoken_phones(e)] for e in part.entries}, part
+
+
+def ctc_loss(
+    scores: Tensor,  # (B, frames, 1 + phones) log probabilities; 0 is the blank
+    frames: Tensor,  # (B,) valid frames
+    targets: Sequence[Sequence[int]],  # the phone numbers of each row, from 1
+) -> Tensor:  # scalar
+    "Connectionist temporal classification, averaged over the batch."
+    sizes = torch.tensor([len(row) for row in targets])
+    flat = torch.tensor([number for row in targets for number in row], device=scores.device)
+    return F.ctc_loss(scores.transpose(0, 1), flat, frames.cpu(), sizes)
+
+
 @dataclass
-class _CTCLoss:
+class _RecognizerLoss:
     "CTC loss of a batch; knows the phones of each utterance by its id."
 
     numbers: dict[str, list[int]]
     hop_length: int
 
     def __call__(self, model: nn.Module, batch) -> Tensor:
-        scores = model(batch.wav, batch.lengths)
-        targets = [torch.tensor(self.numbers[name]) for name in batch.ids]
-        sizes = torch.tensor([len(t) for t in targets])
         frames = batch.lengths // self.hop_length + 1
-        return F.ctc_loss(
-            scores.transpose(0, 1), torch.cat(targets).to(scores.device), frames.cpu(), sizes
-        )
+        targets = [self.numbers[name] for name in batch.ids]
+        return ctc_loss(model(batch.wav, batch.lengths), frames, targets)
 
 
 def train_recognizer(
@@ -228,13 +243,11 @@ def train_recognizer(
     torch.manual_seed(seed)
     symbols = tuple(sorted(corpus.phone_counts()))
     model = PhoneRecognizer(RecognizerConfig(symbols, corpus.sample_rate, **settings))
-    number = {symbol: index + 1 for index, symbol in enumerate(symbols)}
-    part = corpus.split("train").filter(lambda e: len(spoken_phones(e)) > 0)
-    known = {e.id: [number[s] for s in spoken_phones(e)] for e in part.entries}
+    known, part = phone_targets(corpus)
     trainer = Trainer(
         model,
         torch.optim.AdamW(model.parameters(), lr=learning_rate),
-        _CTCLoss(known, model.mel.hop_length),
+        _RecognizerLoss(known, model.hop_length),
         BucketBatches(part, batch_size, seed),
         TrainConfig(steps, seed, clip=1.0, log_every=50),
         folder,

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PeriodDiscriminator', 'ScaleDiscriminator', 'STFTDiscriminator', 'DiscriminatorsConfig', 'Discriminators']
 
-# %% ../../nbs/tokenizer/04_discriminators.ipynb #bb9def31
+# %% ../../nbs/tokenizer/04_discriminators.ipynb #00835081
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class PeriodDiscriminator(nn.Module):
             weight_norm(
                 nn.Conv2d(a, b, (5, 1), (3 if layer < 4 else 1, 1), padding=(2, 0)),
             )
-            for layer, (a, b) in enumerate(zip(sizes, sizes[1:]))
+            for layer, (a, b) in enumerate(pairwise(sizes))
         )
         self.score = weight_norm(nn.Conv2d(sizes[-1], 1, (3, 1), padding=(1, 0)))
 

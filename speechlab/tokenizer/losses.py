@@ -163,7 +163,7 @@ class LossWeights:
     adversarial: float = 0.1
     feature: float = 0.5
     commit: float = 0.25
-    distill: float = 1.0
+    distill: float = 3.0
 
     def __post_init__(self):
         for name, value in asdict(self).items():

@@ -343,7 +343,8 @@ class _Levels(nn.Module):
             if depth is not None:
                 chosen = torch.zeros_like(rows).index_copy(0, active, chosen)
             left, total = left - chosen, total + chosen
-            first = total if index == 0 else first
+            if index == 0:
+                first = total
         if self.config.codebook == "gradient":  # every parameter takes part, as DDP demands
             pull = pull + 0.0 * sum(level.embed.sum() for level in self.levels)
         return first, total, codes, commit, pull, torch.stack(counts)

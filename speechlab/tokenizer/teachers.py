@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['pad_for_frames', 'match_frames', 'MFCC', 'Units', 'frame_geometry', 'span_mask', 'HubertPretraining', 'tiny_hubert',
-           'change_speed', 'pretrain_hubert', 'Teacher', 'FeatureCache']
+           'change_speed', 'pretrain_hubert', 'finetune_hubert', 'Teacher', 'FeatureCache']
 
-# %% ../../nbs/tokenizer/05_teachers.ipynb #19b13f3c
+# %% ../../nbs/tokenizer/05_teachers.ipynb #605c97ce
+import copy
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, HubertConfig, HubertModel
 
 from ..foundations.audio import check_wav
-from ..foundations.corpus import Batch, Corpus, SegmentBatches
+from ..foundations.corpus import Batch, BucketBatches, Corpus, SegmentBatches
+from ..foundations.evaluation import ctc_loss, phone_targets
 from ..foundations.machine import cache_folder
 from ..foundations.training import TrainConfig, Trainer, checkpoint_folder, cosine
 from .rvq import kmeans, nearest_codes
@@ -270,6 +271,59 @@ def pretrain_hubert(
         torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98)),
         _HubertLoss(units, speeds),
         SegmentBatches(corpus.split("train"), seconds, batch_size, seed),
+        TrainConfig(steps, seed, clip=1.0, log_every=25, save_every=500),
+        folder,
+        cosine(steps, warmup=steps // 10),
+    )
+    history = trainer.fit()
+    return trainer.raw().hubert.cpu().eval(), history
+
+# %% ../../nbs/tokenizer/05_teachers.ipynb #8b37b1da
+class _Speller(nn.Module):
+    "A HuBERT with a linear layer over blank and phones: `wav -> log probabilities`."
+
+    def __init__(self, hubert: HubertModel, symbols: int):
+        super().__init__()
+        self.hubert = hubert
+        self.out = nn.Linear(hubert.config.hidden_size, 1 + symbols)
+
+    def forward(self, wav: Tensor) -> Tensor:
+        padded = pad_for_frames(wav, *frame_geometry(self.hubert))
+        hidden = torch.zeros(padded.shape[0], -(-wav.shape[-1] // 320), dtype=torch.bool)
+        found = self.hubert(padded, mask_time_indices=hidden.to(wav.device)).last_hidden_state
+        return self.out(found).log_softmax(dim=-1)
+
+
+class _SpellingLoss:
+    "CTC loss of a batch of whole utterances."
+
+    def __init__(self, numbers: dict[str, list[int]]):
+        self.numbers = numbers
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        frames = -(-batch.lengths // 320)
+        return ctc_loss(model(batch.wav), frames, [self.numbers[name] for name in batch.ids])
+
+
+def finetune_hubert(
+    hubert: HubertModel,
+    corpus: Corpus,  # with phones; its train split is used
+    folder: str | os.PathLike,  # for checkpoints and metrics
+    steps: int = 900,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> tuple[HubertModel, list[dict]]:  # in eval mode; metrics
+    "Teach a HuBERT to spell phones by CTC. Resumes if `folder` holds a checkpoint."
+    number, part = phone_targets(corpus)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _Speller(copy.deepcopy(hubert), len(corpus.phone_counts()))
+    trainer = Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=learning_rate),
+        _SpellingLoss(number),
+        BucketBatches(part, batch_size, seed),
         TrainConfig(steps, seed, clip=1.0, log_every=25, save_every=500),
         folder,
         cosine(steps, warmup=steps // 10),
