@@ -211,7 +211,7 @@ def train_teacher_command(
         start = Teacher.from_pretrained(finetune).model
         hubert, _ = finetune_hubert(start, corpus, out / "run", steps, seed=seed)
     else:
-        targets = Units.fit(MFCC(), part, clusters, seed)
+        targets = Units.fit(MFCC(), corpus.split("train")[:300], clusters, seed)
         hubert, _ = pretrain_hubert(corpus, targets, out / "run", steps, seed=seed)
     publish(hubert, out, "")
     rows, makers = [], {"MFCC": MFCC(), "untrained, average": Teacher.untrained()}
