@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 # %% ../nbs/reference/cli.ipynb #1e084cb5
 app = typer.Typer(
@@ -142,6 +143,18 @@ class Distill(str, Enum):
     pseudo_label = "pseudo_label"
 
 
+def _same_settings(run: Path, command: str) -> None:
+    "Note a run's command; refuse to continue a run that was started with another one."
+    note = run / "command.txt"
+    if note.exists() and note.read_text(encoding="utf-8") != command:
+        raise ValueError(
+            f"{run} holds a run of `speechlab {note.read_text(encoding='utf-8')}`; this is "
+            f"`speechlab {command}`. Choose another folder, or delete that one"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    note.write_text(command, encoding="utf-8")
+
+
 def _facts(command: str, data: str, seconds: float) -> dict[str, str]:
     "What a model card says about a training."
     from speechlab.foundations.machine import device_name, library_versions
@@ -164,15 +177,20 @@ def train_recognizer_command(
     seed: SeedOption = 0,
 ) -> None:
     "Train the phone recogniser that judges resynthesised speech."
+    from accelerate import PartialState
+
     from speechlab.foundations.corpus import embedded_corpus
     from speechlab.foundations.evaluation import phone_error_rate, train_recognizer
     from speechlab.foundations.training import publish, run_seconds
 
     corpus = embedded_corpus(size.value)
+    command = f"train recognizer --size {size.value} --steps {steps} --seed {seed}"
+    _same_settings(out / "run", command)
     model = train_recognizer(corpus, out / "run", steps, seed=seed)
+    if not PartialState().is_main_process:
+        return
     publish(model, out, "")
     error = phone_error_rate(type(model).from_pretrained(out), corpus.split("test"))
-    command = f"train recognizer --size {size.value} --steps {steps} --seed {seed}"
     facts = _facts(command, repr(corpus), run_seconds(out / "run"))
     facts["phone error rate"] = f"{error:.1%} on unseen voices and sentences"
     rows = "\n".join(f"- {key}: {value}" for key, value in facts.items())
@@ -194,6 +212,8 @@ def train_teacher_command(
     ] = None,
 ) -> None:
     "Train tiny-hubert (HuBERT's first iteration on units of MFCCs), or fine-tune it on phones."
+    from accelerate import PartialState
+
     from speechlab.foundations.corpus import embedded_corpus
     from speechlab.foundations.evaluation import code_quality, phone_symbols
     from speechlab.foundations.training import publish, run_seconds
@@ -207,12 +227,17 @@ def train_teacher_command(
 
     corpus = embedded_corpus(size.value)
     part, test, symbols = corpus.split("train")[:200], corpus.split("test"), phone_symbols(corpus)
+    command = f"train teacher --size {size.value} --steps {steps} --seed {seed}"
+    command += f" --finetune {finetune}" if finetune else f" --clusters {clusters}"
+    _same_settings(out / "run", command)
     if finetune:
         start = Teacher.from_pretrained(finetune).model
         hubert, _ = finetune_hubert(start, corpus, out / "run", steps, seed=seed)
     else:
         targets = Units.fit(MFCC(), corpus.split("train")[:300], clusters, seed)
         hubert, _ = pretrain_hubert(corpus, targets, out / "run", steps, seed=seed)
+    if not PartialState().is_main_process:
+        return
     publish(hubert, out, "")
     rows, makers = [], {"MFCC": MFCC(), "untrained, average": Teacher.untrained()}
     layers = [*range(1, hubert.config.num_hidden_layers + 1), "average"]
@@ -221,8 +246,6 @@ def train_teacher_command(
         units = Units.fit(features, part, 256, seed)
         found = code_quality(lambda wav: units(wav)[0], test, symbols)
         rows.append(f"| {name} | {found.purity:.3f} | {found.pnmi:.3f} |")
-    how = f" --finetune {finetune}" if finetune else ""
-    command = f"train teacher --size {size.value} --steps {steps} --seed {seed}{how}"
     facts = _facts(command, repr(corpus), run_seconds(out / "run"))
     text = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     table = "\n".join(["| features | phone purity | PNMI |", "|---|---|---|", *rows])
@@ -259,8 +282,11 @@ def train_tokenizer_command(
     seed: SeedOption = 0,
 ) -> None:
     "Train a SpeechTokenizer; continues where it was if OUT holds a run."
+    from accelerate import PartialState
+
     from speechlab.foundations.corpus import embedded_corpus, folder_corpus
     from speechlab.foundations.evaluation import PhoneRecognizer, phone_symbols
+    from speechlab.foundations.machine import pick_device
     from speechlab.foundations.training import publish, run_seconds
     from speechlab.tokenizer import speech_tokenizer as st
     from speechlab.tokenizer.discriminators import DiscriminatorsConfig
@@ -268,32 +294,43 @@ def train_tokenizer_command(
     from speechlab.tokenizer.teachers import Teacher
 
     corpus = folder_corpus(folder, resample_to_rate=True) if folder else embedded_corpus(size.value)
+    test = corpus.split("test")  # before the training: it must be there
+    recognizer = None if folder else PhoneRecognizer.from_pretrained("phone-recognizer")
     distiller = None
     if distill is not Distill.none:
-        knows = Teacher.from_pretrained(teacher, layer or "average")
+        knows = Teacher.from_pretrained(teacher, layer or "average").to(pick_device())
         distiller = Distiller(corpus.split("train"), knows, distill.value)
     critics = DiscriminatorsConfig() if official_critics else DiscriminatorsConfig.small()
     training = st.TokenizerTraining(
         steps, seconds, batch_size, learning_rate, critics_from=critics_from, critics=critics,
         precision="bf16" if bf16 else "no", workers=workers, seed=seed,
     )  # fmt: skip
+    command = (
+        f"train tokenizer --config {config.value} --size {size.value} --distill {distill.value} "
+        f"--steps {steps} --seconds {seconds} --batch-size {batch_size} --learning-rate "
+        f"{learning_rate} --critics-from {critics_from} --seed {seed}"
+    )
+    command += f" --folder {folder.name}" if folder else ""
+    command += f" --teacher {teacher} --layer {layer}" if distiller else ""
+    command += " --official-critics" * official_critics + " --bf16" * bf16
+    _same_settings(out / "run", command)
     model, _ = st.train_tokenizer(
         corpus, out / "run", st.CONFIGS[config.value], training, distiller
     )
+    if not PartialState().is_main_process:
+        return
     publish(model, out, "")  # what is measured below is what is shipped: half precision
-    recognizer = None if folder else PhoneRecognizer.from_pretrained("phone-recognizer")
     model = st.SpeechTokenizer.from_pretrained(out)
-    report = st.tokenizer_report(model, corpus.split("test"), phone_symbols(corpus), recognizer)
-    command = (
-        f"train tokenizer --config {config.value} --distill {distill.value} --steps {steps} "
-        f"--seconds {seconds} --batch-size {batch_size} --learning-rate {learning_rate} "
-        f"--critics-from {critics_from} --seed {seed}"
-    )
+    report = st.tokenizer_report(model, test, phone_symbols(corpus), recognizer)
     facts = _facts(command, repr(corpus), run_seconds(out / "run"))
     if distiller is not None:
         facts["teacher"] = f"{teacher}, {f'layer {layer}' if layer else 'average of all layers'}"
     (out / "report.json").write_text(json.dumps(report | {"facts": facts}, indent=1))
-    publish(model, out, st.tokenizer_card(out.name, model, report, facts))
+    note = "" if folder else (
+        "Voices and sentences of the test split are not in the training split. All speech is "
+        "synthetic: real recordings come out worse. Licence: Apache-2.0."
+    )  # fmt: skip
+    publish(model, out, st.tokenizer_card(out.name, model, report, facts, note))
     typer.echo(f"{json.dumps(report)}\nwrote {out}")
 
 # %% ../nbs/reference/cli.ipynb #97fd4fe4
@@ -334,6 +371,6 @@ def main() -> None:
     "The entry point: expected errors are one line on standard error and exit code 1."
     try:
         app()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         typer.echo(f"speechlab: {error}", err=True)
         sys.exit(1)

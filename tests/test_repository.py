@@ -200,6 +200,9 @@ def test_training_commands(tmp_path):
         *("--teacher", str(tmp_path / "teacher"), "--layer", "2", "--seconds", "0.5"),
     )
     assert out.returncode == 0, out.stderr[-2000:]
+    out = speechlab_command("train", "teacher", str(tmp_path / "teacher"), "--seed", "7")
+    assert out.returncode == 1
+    assert "holds a run of" in out.stderr
     report = json.loads((tmp_path / "codec" / "report.json").read_text())
     card = (tmp_path / "codec" / "README.md").read_text()
     assert f"{report['mel_distance']['8']:.3f}" in card

@@ -54,7 +54,7 @@ def pad_rows(
 ) -> Tensor:  # (B, C, left + T' + right)
     "`pad_ends(..., 'reflect')`, where the right edge of each row lies behind its own last sample."
     extra = -lengths % stride + right  # of each row
-    room = int((lengths + extra).max())
+    room = max(int((lengths + extra).max()), x.shape[-1] + right + -x.shape[-1] % stride)
     shortest = torch.maximum(lengths, extra.clamp(min=left) + 1)  # after lengthening by zeros
     x = F.pad(x, (0, max(0, max(room, int(shortest.max())) - x.shape[-1])))
     offset = torch.arange(right + stride - 1, device=x.device)
@@ -63,7 +63,8 @@ def pad_rows(
     usable = (offset < extra[:, None]) & (source >= 0)
     index = source.clamp(0, x.shape[-1] - 1)[:, None].expand(-1, x.shape[1], -1)
     values = x.gather(-1, index) * usable[:, None]
-    padded = F.pad(x, (left, max(0, int(place.max()) + 1 - x.shape[-1]) if len(offset) else 0))
+    most = max(room, int(place.max()) + 1 if len(offset) else 0)
+    padded = F.pad(x, (left, max(0, most - x.shape[-1])))
     padded[..., :left] = x[..., 1 : left + 1].flip(-1)
     at = (left + place)[:, None].expand(-1, x.shape[1], -1)
     return padded.scatter(-1, at, values)[..., : left + room]

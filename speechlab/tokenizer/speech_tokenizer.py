@@ -75,6 +75,9 @@ class SpeechTokenizerConfig:
             object.__setattr__(self, "rvq", RVQConfig(**self.rvq))
         if self.codec.dim != self.rvq.dim:
             raise ValueError(f"codec.dim is {self.codec.dim} and rvq.dim {self.rvq.dim}")
+        rate = getattr(self.codec, "sample_rate", self.sample_rate)
+        if rate != self.sample_rate:
+            raise ValueError(f"sample_rate is {self.sample_rate}, the codec's {rate}")
 
     @property
     def hop_length(self) -> int:
@@ -324,7 +327,9 @@ class TokenizerStep:
         if share >= training.critics_from:
             metrics["critics"], more = self._critics(trainer, wav, rebuilt)
             terms |= more
-        inner = {"commit": out.commit_loss}
+        tokenizer = trainer.raw("generator").tokenizer
+        idle = sum(p.sum() for m in (tokenizer.transform, tokenizer.quantizer) for p in m.parameters())
+        inner = {"commit": out.commit_loss + 0.0 * idle}  # DDP wants every parameter in the graph
         if self.distiller is not None:
             on = self.distiller(out.semantic, batch) if quantise else 0.0 * out.semantic.sum()
             inner["distill"] = on
@@ -332,19 +337,23 @@ class TokenizerStep:
             metrics |= {"perplexity": out.perplexity, "usage": out.usage}
         balancer = trainer.raw("generator").balancer
         weights = training.weights
-        outer = total_loss(terms, weights) if balancer is None else balancer(terms, rebuilt)
+        if balancer is None:
+            outer = total_loss(terms, weights)
+        else:  # terms of weight 0 have no share
+            outer = balancer({n: t for n, t in terms.items() if n in balancer.names}, rebuilt)
         trainer.update("generator", outer + total_loss(inner, weights) + out.codebook_loss)
         return terms | inner | metrics
 
     def _critics(self, trainer: Trainer, wav: Tensor, rebuilt: Tensor) -> tuple[Tensor, dict]:
         "Update the critics; their loss, and the codec's two losses."
         kind = self.training.adversarial
-        scores, features = trainer["critics"](torch.cat([wav, rebuilt.detach()]))
+        scores, _ = trainer["critics"](torch.cat([wav, rebuilt.detach()]))
         real, fake = zip(*(score.float().chunk(2) for score in scores))
         loss = discriminator_loss(list(real), list(fake), kind)
         trainer.update("critics", loss)
-        wanted = [[layer.detach().chunk(2)[0] for layer in layers] for layers in features]
-        with trainer.frozen("critics") as critics:
+        with trainer.frozen("critics") as critics:  # after their step: both sides again
+            with torch.no_grad():
+                _, wanted = critics(wav)
             scores, features = critics(rebuilt)
         return loss, {
             "adversarial": adversarial_loss(scores, kind),
@@ -365,6 +374,9 @@ def tokenizer_trainer(
         raise ValueError(
             f"corpus has {corpus.sample_rate} Hz, the tokeniser {config.sample_rate} Hz"
         )
+    hop = getattr(getattr(distiller, "cache", None), "hop_length", config.hop_length)
+    if hop != config.hop_length:
+        raise ValueError(f"the teacher's frames have {hop} samples, ours {config.hop_length}")
     if distiller is not None and config.semantic_dim != distiller.size:
         config = replace(config, semantic_dim=distiller.size)
     weights = asdict(training.weights)
@@ -419,9 +431,10 @@ def tokenizer_report(
 ) -> dict:
     "Phonetic content of levels 1 and 2, mel distance and phone error rate by number of levels."
     levels = [n for n in levels if n <= model.config.rvq.n_q]
+    device = next(model.parameters()).device
 
     def resynthesis(wav: Tensor, n_q: int) -> Tensor:
-        return model.decode(model.encode(wav, n_q), wav.shape[-1])
+        return model.decode(model.encode(wav.to(device), n_q), wav.shape[-1]).cpu()
 
     def distance(n_q: int) -> float:
         pairs = [(u.wav, resynthesis(u.wav, n_q)) for u in corpus]
@@ -432,7 +445,10 @@ def tokenizer_report(
         return report  # real recordings: nobody knows their phones
     for level in range(min(2, model.config.rvq.n_q)):
         found = code_quality(
-            lambda wav: model.encode(wav)[0, level], corpus, symbols, model.config.hop_length
+            lambda wav: model.encode(wav.to(device))[0, level],
+            corpus,
+            symbols,
+            model.config.hop_length,
         )
         report[f"level_{level + 1}"] = {
             "purity": round(found.purity, 4),
@@ -452,6 +468,7 @@ def tokenizer_card(
     model: SpeechTokenizer,
     report: dict,  # from tokenizer_report
     facts: dict[str, str],  # data, teacher, command, device, minutes …
+    note: str = "",  # a last paragraph: what the data allow to say
 ) -> str:  # Markdown
     "A model card."
     config = model.config
@@ -482,9 +499,9 @@ def tokenizer_card(
             )
     lines += [
         "",
-        "Measured on voices and sentences that training never met. Mel distance: mean absolute "
-        "difference of log10-mels, floor 0.01. Phone error rate: by `phone-recognizer`.",
+        "Measured on the test split. Mel distance: mean absolute difference of log10-mels, floor "
+        "0.01. Phone error rate: by `phone-recognizer`.",
         "",
-        "Trained on synthetic speech: real recordings come out worse. Licence: Apache-2.0.",
+        note,
     ]
     return "\n".join(lines)

@@ -74,12 +74,14 @@ class MFCC(nn.Module):
     ):
         super().__init__()
         self.hop_length, self.deltas, self.normalise = sample_rate // 50, deltas, normalise
+        window = self.hop_length * 5 // 4
+        self.n_fft = max(512, 1 << (window - 1).bit_length())
         self.transform = torchaudio.transforms.MFCC(
             sample_rate,
             13,
             melkwargs={
-                "n_fft": 512,
-                "win_length": self.hop_length * 5 // 4,
+                "n_fft": self.n_fft,
+                "win_length": window,
                 "hop_length": self.hop_length,
                 "n_mels": 40,
                 "center": False,
@@ -89,7 +91,7 @@ class MFCC(nn.Module):
     @torch.no_grad()
     def forward(self, wav: Tensor) -> Tensor:
         check_wav(wav)
-        found = self.transform(pad_for_frames(wav, self.hop_length, 512))
+        found = self.transform(pad_for_frames(wav, self.hop_length, self.n_fft))
         if self.deltas:
             delta = torchaudio.functional.compute_deltas(found)
             found = torch.cat([found, delta, torchaudio.functional.compute_deltas(delta)], dim=1)
@@ -119,7 +121,9 @@ class Units(nn.Module):
         seed: int = 0,
     ) -> "Units":
         "Cluster the frames of a corpus by k-means."
-        rows = torch.cat([features(u.wav)[0] for u in corpus])
+        held = [*features.parameters(), *features.buffers()]
+        device = held[0].device if held else torch.device("cpu")
+        rows = torch.cat([features(u.wav.to(device))[0] for u in corpus])
         mean, scale = rows.mean(dim=0), rows.std(dim=0).clamp(min=1e-6)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -432,13 +436,14 @@ class FeatureCache:
         return digest.hexdigest()[:16]
 
     def _build(self, corpus: Corpus, teacher: Teacher, total: int) -> None:
-        draft = self.path.with_suffix(f".{os.getpid()}.draft")
+        draft = self.path.with_suffix(".draft")  # the lock is held: an old one is overwritten
         rows = np.lib.format.open_memmap(draft, "w+", np.float16, (total, self.size))
         device = next(teacher.parameters()).device
         for utterance in tqdm(corpus, "teacher features", disable=len(corpus) < 200):
             first, count = self._place[utterance.id]
             rows[first : first + count] = teacher(utterance.wav.to(device))[0].cpu().numpy()
         rows.flush()
+        del rows  # an open map cannot be renamed on Windows
         os.replace(draft, self.path)
 
     def utterance(self, name: str) -> Tensor:  # (frames, S) float32
