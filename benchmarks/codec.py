@@ -41,7 +41,7 @@ CONFIG = {
 PEER = "official SpeechTokenizer"
 
 ONE_RUN = """
-import resource, sys, warnings
+import pathlib, resource, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
 torch.set_num_threads(int(sys.argv[4]))
@@ -56,9 +56,13 @@ with torch.no_grad():
         model = load_official(*files).fold()
     else:
         model = SpeechTokenizer.load_from_checkpoint(*files).eval()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model.decode(model.encode(wav))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+status = pathlib.Path("/proc/self/status")  # ru_maxrss would start from the parent's peak
+if status.exists():
+    (line,) = [row for row in status.read_text().splitlines() if row.startswith("VmHWM")]
+    print(int(line.split()[1]) / 1024)
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
