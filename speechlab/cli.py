@@ -194,11 +194,12 @@ def train_recognizer_command(
     facts = _facts(command, repr(corpus), run_seconds(out / "run"))
     facts["phone error rate"] = f"{error:.1%} on unseen voices and sentences"
     rows = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    text = f"# phone-recognizer\n\nCTC over mel frames; see `speechlab.foundations.evaluation`.\n\n{rows}"
+    what = "CTC over mel frames; see `speechlab.foundations.evaluation`."
+    text = f"# phone-recognizer\n\n{what}\n\n{rows}"
     publish(model, out, text)
     typer.echo(f"phone error rate {error:.3f}; wrote {out}")
 
-
+# %% ../nbs/reference/cli.ipynb #d7f694fc
 @train_app.command("teacher")
 def train_teacher_command(
     out: OutArgument,
@@ -265,7 +266,7 @@ def train_tokenizer_command(
         Path | None, typer.Option(help="Train on the audio below this folder instead, at 16 kHz.")
     ] = None,
     distill: Annotated[Distill, typer.Option(help="Which distillation.")] = Distill.d_axis,
-    teacher: Annotated[str, typer.Option(help="Shipped name, folder or hub id.")] = "tiny-hubert-ft",
+    teacher: Annotated[str, typer.Option(help="Name, folder or hub id.")] = "tiny-hubert-ft",
     layer: Annotated[int, typer.Option(help="Teacher layer; 0: average of all.", min=0)] = 0,
     steps: StepsOption = 4000,
     seconds: Annotated[float, typer.Option(help="Of audio per segment.")] = 1.0,
@@ -338,7 +339,7 @@ def train_tokenizer_command(
 def resynth(
     source: Annotated[Path, typer.Argument(help="A recording; any rate, mono or stereo.")],
     target: Annotated[Path, typer.Argument(help="Where to write; .wav, .flac, .ogg or .mp3.")],
-    n_q: Annotated[int | None, typer.Option(help="Levels of codes to keep; all if left out.")] = None,
+    n_q: Annotated[int | None, typer.Option(help="Levels of codes; all if left out.")] = None,
     model: Annotated[
         str, typer.Option(help="Shipped name, folder or hub id.")
     ] = "speechtokenizer-small",

@@ -82,7 +82,7 @@ def test_code_quality_of_perfect_and_shuffled_codes(corpus):
     def perfect(wav):
         return torch.from_numpy(answers[tuple(wav[0, 0, :50].tolist())])
 
-    assert code_quality(perfect, part, symbols).purity == 1
+    assert code_quality(perfect, part, symbols).purity == pytest.approx(1)
     assert code_quality(perfect, part, symbols, shuffled=True).purity < 0.5
     with pytest.raises(ValueError, match="codes for"):
         code_quality(lambda wav: torch.zeros(3), part, symbols)

@@ -115,6 +115,7 @@ def mel_distance(
     sample_rate: int = 16000,  # Hz
 ) -> float:
     "Mean absolute difference of the log10-mels (80 bands, floor 0.01) of two waves."
+    check_wav(wav), check_wav(rebuilt, "rebuilt")
     if wav.shape != rebuilt.shape:
         raise ValueError(f"wav has shape {tuple(wav.shape)}, rebuilt {tuple(rebuilt.shape)}")
     one, two = (log_mel(w.detach(), sample_rate, floor=1e-2) for w in (wav, rebuilt))

@@ -20,8 +20,8 @@ class Equation:
     symbol: str  # import path of the code that computes it
     test: str  # path::function of the test against an independent formulation
 
-
-EQUATIONS = (
+# %% ../../nbs/reference/equations.ipynb #b678d6c0
+_QUANTISER = (
     Equation(
         "SpeechTokenizer",
         "Eq. 7",
@@ -46,6 +46,10 @@ EQUATIONS = (
         "speechlab.tokenizer.rvq.Codebook.follow",
         "tests/test_rvq.py::test_one_ema_step_equals_vector_quantize_pytorch",
     ),
+)
+
+# %% ../../nbs/reference/equations.ipynb #bacfb56d
+_DISTILLATION = (
     Equation(
         "SpeechTokenizer",
         "Eq. 2",
@@ -71,6 +75,10 @@ EQUATIONS = (
         "speechlab.tokenizer.distillation.pseudo_label_loss",
         "tests/test_distillation.py::test_pseudo_labels_match_float64_loops",
     ),
+)
+
+# %% ../../nbs/reference/equations.ipynb #21b606e4
+_RECONSTRUCTION = (
     Equation(
         "SpeechTokenizer",
         "Eq. 4",
@@ -122,6 +130,10 @@ EQUATIONS = (
         "speechlab.tokenizer.losses.total_loss",
         "tests/test_losses.py::test_total_is_the_weighted_sum",
     ),
+)
+
+# %% ../../nbs/reference/equations.ipynb #7bdd506c
+_SHARED = (
     Equation(
         "EnCodec",
         "text",
@@ -139,6 +151,7 @@ EQUATIONS = (
         "tests/test_training.py::test_noam_is_the_paper_up_to_scale",
     ),
 )
+EQUATIONS = _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _SHARED
 
 
 def as_markdown(rows: tuple[Equation, ...] = EQUATIONS) -> str:

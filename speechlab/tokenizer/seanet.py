@@ -200,7 +200,7 @@ class SEANetConfig:
         if not self.strides or min(self.strides) < 2:
             raise ValueError(f"strides is {self.strides}; at least one, each 2 or more")
         if self.causal and self.pad_mode == "reflect":
-            raise ValueError("reflection looks ahead at the start; causal needs pad_mode='constant'")
+            raise ValueError("reflection looks ahead; causal needs pad_mode='constant'")
         if self.pad_mode not in ("reflect", "constant"):
             raise ValueError(f"pad_mode is {self.pad_mode!r}; it must be 'reflect' or 'constant'")
         if self.causal and self.lstm_layers and self.bidirectional:

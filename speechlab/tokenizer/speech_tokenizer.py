@@ -328,7 +328,8 @@ class TokenizerStep:
             metrics["critics"], more = self._critics(trainer, wav, rebuilt)
             terms |= more
         tokenizer = trainer.raw("generator").tokenizer
-        idle = sum(p.sum() for m in (tokenizer.transform, tokenizer.quantizer) for p in m.parameters())
+        rest = [*tokenizer.transform.parameters(), *tokenizer.quantizer.parameters()]
+        idle = sum(p.sum() for p in rest)
         inner = {"commit": out.commit_loss + 0.0 * idle}  # DDP wants every parameter in the graph
         if self.distiller is not None:
             on = self.distiller(out.semantic, batch) if quantise else 0.0 * out.semantic.sum()
@@ -462,7 +463,7 @@ def tokenizer_report(
         report["phone_error_rate"] = {key: round(value, 4) for key, value in errors.items()}
     return report
 
-
+# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #056e6c0e
 def tokenizer_card(
     name: str,
     model: SpeechTokenizer,
