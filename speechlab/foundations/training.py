@@ -15,6 +15,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -547,7 +548,8 @@ class ShippedModel(PyTorchModelHubMixin):
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, **options):
         "A folder, the name of a checkpoint that ships with speechlab, or a hub id; in eval mode."
-        return super().from_pretrained(checkpoint_folder(name), **options).eval()
+        with contextlib.redirect_stdout(sys.stderr):  # the hub library prints where it reads from
+            return super().from_pretrained(checkpoint_folder(name), **options).eval()
 
 
 def run_seconds(folder: str | os.PathLike) -> float:
