@@ -66,19 +66,21 @@ else:
 """
 
 
-def make_pair(folder: str) -> tuple[torch.nn.Module, SpeechTokenizer]:
-    """The official model, written to its files, and ours, read from them."""
+def make_pair(
+    folder: str | Path, settings: dict = CONFIG
+) -> tuple[torch.nn.Module, SpeechTokenizer]:
+    """The official model with random weights, written to its files, and ours, read from them."""
     from speechtokenizer import SpeechTokenizer as Official
 
     torch.manual_seed(0)
-    peer = Official(CONFIG).eval()
-    for layer in peer.quantizer.vq.layers:
+    peer = Official(settings).eval()
+    for layer in peer.quantizer.vq.layers:  # codebooks are zero before k-means
         layer._codebook.embed.normal_().mul_(0.05)
         layer._codebook.inited.fill_(1)
     config, checkpoint = Path(folder) / "config.json", Path(folder) / "SpeechTokenizer.pt"
-    config.write_text(json.dumps(CONFIG))
+    config.write_text(json.dumps(settings))
     torch.save(peer.state_dict(), checkpoint)
-    return peer, load_official(config, checkpoint).fold()
+    return peer, load_official(config, checkpoint)
 
 
 def peak_memory(which: str, folder: str, seconds: int, threads: int) -> float:
@@ -93,6 +95,7 @@ def main() -> None:
     seconds, rounds = (2, 3) if chosen.quick else (10, 7)
     with tempfile.TemporaryDirectory() as folder:
         peer, ours = make_pair(folder)
+        ours.fold()
         wav = (torch.rand(1, 1, 16000 * seconds) - 0.5) * 0.2
         codes, theirs = ours.encode(wav), peer.encode(wav)
         if not torch.equal(codes[0], theirs[:, 0]):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 
 import pytest
 import torch
 
+from benchmarks.codec import CONFIG as FULL
+from benchmarks.codec import make_pair
 from speechlab.foundations.training import CheckpointError
 from speechlab.tokenizer.discriminators import (
     PeriodDiscriminator,
@@ -18,21 +19,6 @@ from speechlab.tokenizer.speech_tokenizer import CONFIGS, SpeechTokenizer, load_
 
 official = pytest.importorskip("speechtokenizer", reason="the bench extra is not installed")
 
-FULL = {
-    "n_filters": 64,
-    "strides": [8, 5, 4, 2],
-    "dimension": 1024,
-    "semantic_dimension": 768,
-    "bidirectional": True,
-    "dilation_base": 2,
-    "residual_kernel_size": 3,
-    "n_residual_layers": 1,
-    "lstm_layers": 2,
-    "activation": "ELU",
-    "sample_rate": 16000,
-    "n_q": 8,
-    "codebook_size": 1024,
-}
 NARROW = FULL | {"n_filters": 4, "dimension": 64, "semantic_dimension": 48, "codebook_size": 128}
 VARIANTS = {
     "narrow": NARROW,
@@ -42,19 +28,6 @@ VARIANTS = {
     "no projection": NARROW | {"semantic_dimension": 64},
 }
 LENGTHS = (16001, 7399, 333)  # none is a multiple of a hop
-
-
-def pair(tmp_path, settings):
-    """The official model with random weights, and ours with the same, through its files."""
-    torch.manual_seed(0)
-    peer = official.SpeechTokenizer(settings).eval()
-    for layer in peer.quantizer.vq.layers:  # codebooks are zero before k-means
-        layer._codebook.embed.normal_().mul_(0.05)
-        layer._codebook.inited.fill_(1)
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    torch.save(peer.state_dict(), tmp_path / "SpeechTokenizer.pt")
-    ours = load_official(tmp_path / "config.json", tmp_path / "SpeechTokenizer.pt")
-    return peer, ours
 
 
 def compare(peer, ours, length):
@@ -77,18 +50,18 @@ def compare(peer, ours, length):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_official_weights_give_official_outputs(tmp_path, name):
     if "semantic_dimension" in name or VARIANTS[name]["semantic_dimension"] == 64:
-        peer, ours = pair(tmp_path, VARIANTS[name])
+        peer, ours = make_pair(tmp_path, VARIANTS[name])
         wav = torch.randn(1, 1, 5001) * 0.1
         with torch.no_grad():
             torch.testing.assert_close(ours(wav).semantic, peer(wav)[2], atol=1e-5, rtol=1e-4)
         return
-    peer, ours = pair(tmp_path, VARIANTS[name])
+    peer, ours = make_pair(tmp_path, VARIANTS[name])
     for length in LENGTHS:
         compare(peer, ours, length)
 
 
 def test_folding_weight_norm_changes_nothing(tmp_path):
-    peer, ours = pair(tmp_path, NARROW)
+    peer, ours = make_pair(tmp_path, NARROW)
     ours.fold()
     assert not [name for name, _ in ours.named_parameters() if "original" in name]
     for length in LENGTHS:
@@ -97,7 +70,7 @@ def test_folding_weight_norm_changes_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_full_size(tmp_path):
-    peer, ours = pair(tmp_path, FULL)
+    peer, ours = make_pair(tmp_path, FULL)
     state = peer.state_dict()
     assert len(state) == 166  # as published
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
@@ -185,7 +158,7 @@ class Evil:
 
 
 def test_foreign_checkpoints_are_refused(tmp_path, capsys):
-    _, _ = pair(tmp_path, NARROW)
+    _, _ = make_pair(tmp_path, NARROW)
     config, checkpoint = tmp_path / "config.json", tmp_path / "SpeechTokenizer.pt"
     whole = checkpoint.read_bytes()
     for data in (b"", whole[: len(whole) // 2], b"RIFF" + whole[:100], pickle.dumps(Evil())):
