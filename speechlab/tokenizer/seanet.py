@@ -120,11 +120,11 @@ class PaddedConvTranspose(nn.Module):
         lengths = lengths * self.stride
         return y * frame_mask(lengths, y.shape[-1])[:, None], lengths
 
-# %% ../../nbs/tokenizer/02_seanet.ipynb #95c7f5f3
+# %% ../../nbs/tokenizer/02_seanet.ipynb #69045a68
 @torch.no_grad()
 def fast_elu(x: Tensor, inplace: bool = False) -> Tensor:
     "ELU without a gradient: max(x, exp(min(x, 0)) - 1), in pieces that fit the processor's cache."
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.elu(x, inplace=inplace)
     x = x.contiguous()
     out = x if inplace else torch.empty_like(x)
@@ -240,7 +240,7 @@ class ResidualUnit(nn.Module):
             y, _ = layer(y, lengths)
         return self.shortcut(x, lengths)[0] + y, lengths
 
-# %% ../../nbs/tokenizer/02_seanet.ipynb #02971077
+# %% ../../nbs/tokenizer/02_seanet.ipynb #05acdec7
 def _local_span(config: SEANetConfig) -> int:
     "Samples seen by the layers that work between the sample rate and the frame rate."
     span, step = config.kernel_size, 1
@@ -264,6 +264,10 @@ class _Chain(nn.Module):
         for layer in layers:
             x, lengths = layer(x, lengths)
         return x
+
+    def _at_once(self, lengths: Tensor | None) -> bool:
+        "Pieces save memory at inference; gradients, masks and exported graphs want one pass."
+        return torch.is_grad_enabled() or lengths is not None or torch.compiler.is_compiling()
 
     def _in_pieces(self, layers, x: Tensor, samples_in: int, samples_out: int) -> Tensor:
         "Run convolutions on 100 frames at a time, with context that is cut off again."
@@ -303,12 +307,12 @@ class SEANetEncoder(_Chain):
         wav: Tensor,  # (B, 1, T)
         lengths: Tensor | None = None,  # (B,) valid samples; None: all
     ) -> Tensor:  # (B, dim, frames), 0 behind each row's end
-        if torch.is_grad_enabled() or lengths is not None:
+        if self._at_once(lengths):
             return self._run(self.layers, wav, lengths)
         z = self._in_pieces(self.layers[: self.local], wav, self.config.hop_length, 1)
         return self._run(self.layers[self.local :], z, None)
 
-# %% ../../nbs/tokenizer/02_seanet.ipynb #8e78c421
+# %% ../../nbs/tokenizer/02_seanet.ipynb #b0f1ada3
 class SEANetDecoder(_Chain):
     "`z (B, dim, frames) -> wav (B, 1, frames x hop_length)`."
 
@@ -335,7 +339,7 @@ class SEANetDecoder(_Chain):
         z: Tensor,  # (B, dim, frames)
         lengths: Tensor | None = None,  # (B,) valid frames; None: all
     ) -> Tensor:  # (B, 1, frames x hop_length), 0 behind each row's end
-        if torch.is_grad_enabled() or lengths is not None:
+        if self._at_once(lengths):
             return self._run(self.layers, z, lengths)
         x = self._run(self.layers[: self.local], z, None)
         return self._in_pieces(self.layers[self.local :], x, 1, self.config.hop_length)
@@ -396,7 +400,7 @@ class ConvNeXtBlock(nn.Module):
         x = x + (self.gain * y).transpose(1, 2)
         return x if mask is None else x * mask
 
-# %% ../../nbs/tokenizer/02_seanet.ipynb #5742a3bf
+# %% ../../nbs/tokenizer/02_seanet.ipynb #f12f3f94
 class _Frames(nn.Module):
     "What both halves of the frame codec share: blocks, window, first values."
 
@@ -439,10 +443,18 @@ class FrameEncoder(_Frames):
         half, n_fft = self.config.hop_length // 2, self.config.n_fft
         left = n_fft - half if self.config.causal else (n_fft - half) // 2
         right = n_fft - half - left + -wav.shape[-1] % self.config.hop_length
-        pieces = F.pad(wav[:, 0], (left, right)).unfold(-1, n_fft, half)
+        return self.spectra(F.pad(wav[:, 0], (left, right)))
+
+    def spectra(self, padded: Tensor) -> Tensor:
+        "`_features` of a wave (B, T) that has its padding already."
+        pieces = padded.unfold(-1, self.config.n_fft, self.config.hop_length // 2)
         mel = torch.fft.rfft(pieces * self.window).abs() @ self.bank
         mel = mel.clamp(min=1e-3).log10() + 1
-        return mel.view(len(wav), -1, 2 * self.config.n_mels).transpose(1, 2)
+        return mel.view(padded.shape[0], -1, 2 * self.config.n_mels).transpose(1, 2)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        "The last layer: (B, width, frames) to z (B, dim, frames), mean 0 and variance 1 per frame."
+        return F.layer_norm(self.last(x).transpose(1, 2), (self.config.dim,)).transpose(1, 2)
 
     def forward(
         self,
@@ -455,10 +467,10 @@ class FrameEncoder(_Frames):
         x = x if mask is None else x * mask
         for block in self.blocks:
             x = block(x, mask)
-        z = F.layer_norm(self.last(x).transpose(1, 2), (self.config.dim,)).transpose(1, 2)
+        z = self.normalised(x)
         return z if mask is None else z * mask
 
-# %% ../../nbs/tokenizer/02_seanet.ipynb #a5991705
+# %% ../../nbs/tokenizer/02_seanet.ipynb #8d6c1a07
 class FrameDecoder(_Frames):
     "`z (B, dim, frames) -> wav (B, 1, frames x hop_length)`."
 
@@ -471,7 +483,13 @@ class FrameDecoder(_Frames):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.constant_(self.head.bias[: config.n_fft // 2 + 1], -5.0)  # start quiet, not at 1
 
-    def _overlap_add(self, frames: Tensor) -> Tensor:
+    def windows(self, x: Tensor) -> Tensor:
+        "The last layers: (B, width, frames) to windowed pieces of sound (B, n_fft, frames)."
+        size, phase = self.head(self.norm(x.transpose(1, 2))).float().chunk(2, dim=-1)
+        spectrum = torch.polar(torch.exp(size.clamp(max=5.0)), phase)
+        return (torch.fft.irfft(spectrum, norm="ortho") * self.window).transpose(1, 2)
+
+    def overlap_add(self, frames: Tensor) -> Tensor:
         "(B, n_fft, frames) to (B, 1, samples), each window a hop further on."
         hop, n_fft = self.config.hop_length, self.config.n_fft
         size = (1, (frames.shape[-1] - 1) * hop + n_fft)
@@ -487,12 +505,10 @@ class FrameDecoder(_Frames):
         x = x if mask is None else x * mask
         for block in self.blocks:
             x = block(x, mask)
-        size, phase = self.head(self.norm(x.transpose(1, 2))).float().chunk(2, dim=-1)
-        spectrum = torch.polar(torch.exp(size.clamp(max=5.0)), phase)
-        pieces = torch.fft.irfft(spectrum, norm="ortho") * self.window
+        pieces = self.windows(x)
         keep = pieces.new_ones(1, 1, z.shape[-1]) if mask is None else mask.to(pieces)
-        wav = self._overlap_add(pieces.transpose(1, 2) * keep)
-        weight = self._overlap_add(self.window.square()[None, :, None] * keep)
+        wav = self.overlap_add(pieces * keep)
+        weight = self.overlap_add(self.window.square()[None, :, None] * keep)
         total = z.shape[-1] * self.config.hop_length
         start = 0 if self.config.causal else (self.config.n_fft - self.config.hop_length) // 2
         wav = (wav / weight.clamp(min=1e-3))[..., start : start + total]

@@ -6,7 +6,7 @@
 __all__ = ['CONFIGS', 'SpeechTokenizerConfig', 'TokenizerOutput', 'SpeechTokenizer', 'load_official', 'TokenizerTraining',
            'TokenizerStep', 'tokenizer_trainer', 'train_tokenizer', 'tokenizer_report', 'tokenizer_card']
 
-# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #cbdf0802
+# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #1b721b05
 import json
 import math
 import os
@@ -23,12 +23,8 @@ from torch import Tensor, nn
 
 from ..foundations.audio import check_wav
 from ..foundations.corpus import Batch, Corpus, SegmentBatches
-from speechlab.foundations.evaluation import (
-    PhoneRecognizer,
-    code_quality,
-    mel_distance,
-    phone_error_rate,
-)
+from ..foundations.evaluation import code_quality, error_rate, mel_distance
+from ..foundations.judges import Recognizer
 from speechlab.foundations.training import (
     CheckpointError,
     ShippedModel,
@@ -59,7 +55,7 @@ from speechlab.tokenizer.seanet import (
 
 
 
-# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #e62a9632
+# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #3c675eab
 @dataclass(frozen=True)
 class SpeechTokenizerConfig:
     "A codec, a quantiser, and the size of the teacher's features. See `CONFIGS`."
@@ -98,6 +94,7 @@ CONFIGS = {
         SEANetConfig(dim=64, n_filters=16, lstm_layers=1, bidirectional=False), _COURSE_RVQ, 0
     ),
     "small": SpeechTokenizerConfig(FrameCodecConfig(), _COURSE_RVQ, 0),
+    "small-causal": SpeechTokenizerConfig(FrameCodecConfig(causal=True), _COURSE_RVQ, 0),
 }
 
 # %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #41e34069
@@ -123,7 +120,7 @@ def _lengths(mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         raise ValueError("mask must be True from the start of each row, and then False")
     return lengths
 
-# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #bcf62b4f
+# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #052ff216
 class SpeechTokenizer(nn.Module, ShippedModel):
     """`wav (B, 1, T) <-> codes (B, n_q, ceil(T / hop_length))`; SpeechTokenizer (ICLR 2024).
 
@@ -188,9 +185,10 @@ class SpeechTokenizer(nn.Module, ShippedModel):
         codes: Tensor,  # (B, 1 to n_q, frames) integers
         length: int | None = None,  # samples to return; None: frames x hop_length
         mask: Tensor | None = None,  # (B, frames) bool
+        first_level: int = 0,  # the level that codes[:, 0] belongs to; the levels before it are 0
     ) -> Tensor:  # (B, 1, length), clipped to [-1, 1]; 0 where masked
-        "Codes to wave. The first levels alone give a coarser wave."
-        z = self.quantizer.decode(codes, mask)
+        "Codes to wave. The first levels alone give a coarser wave, the later ones what was left."
+        z = self._vectors(codes, mask, first_level)
         wav = self.decoder(z, _lengths(mask, (z.shape[0], z.shape[-1]))).clamp(-1, 1)
         if length is None:
             return wav
@@ -201,6 +199,17 @@ class SpeechTokenizer(nn.Module, ShippedModel):
                 f"{most - self.config.hop_length + 1} to {most} samples"
             )
         return wav[..., :length]
+
+    def _vectors(self, codes: Tensor, mask: Tensor | None, first_level: int) -> Tensor:
+        "The sum of the code vectors of levels `first_level` and on, (B, D, frames)."
+        if not first_level:
+            return self.quantizer.decode(codes, mask)
+        n_q = self.config.rvq.n_q
+        if not 0 < first_level < n_q:
+            raise ValueError(f"first_level is {first_level}; it must lie in [0, {n_q - 1}]")
+        before = codes.new_zeros(codes.shape[0], first_level, codes.shape[-1])
+        each = self.quantizer.codes_to_vectors(torch.cat([before, codes], dim=1), mask)
+        return each[:, first_level:].sum(dim=1)
 
     def fold(self) -> "SpeechTokenizer":
         "Compute every weight-normalised weight once, for inference. Returns self, in eval mode."
@@ -422,12 +431,12 @@ def train_tokenizer(
     history = trainer.fit()
     return trainer.raw("generator").tokenizer.cpu().eval(), history
 
-# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #2c925354
+# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #09c0c79a
 def tokenizer_report(
     model: SpeechTokenizer,
     corpus: Corpus,  # e.g. the test split; without phones only mel distances are reported
     symbols: Sequence[str],  # from phone_symbols of the whole corpus
-    recognizer: PhoneRecognizer | None = None,  # None: no error rates
+    recognizer: Recognizer | None = None,  # None: no error rates
     levels: Sequence[int] = (1, 2, 4, 8),
 ) -> dict:
     "Phonetic content of levels 1 and 2, mel distance and phone error rate by number of levels."
@@ -457,9 +466,9 @@ def tokenizer_report(
             "codes_used": found.codes_used,
         }
     if recognizer is not None:
-        errors = {"original": phone_error_rate(recognizer, corpus)}
+        errors = {"original": error_rate(recognizer, corpus).value}
         for n in levels:
-            errors[n] = phone_error_rate(recognizer, corpus, partial(resynthesis, n_q=n))
+            errors[n] = error_rate(recognizer, corpus, partial(resynthesis, n_q=n)).value
         report["phone_error_rate"] = {key: round(value, 4) for key, value in errors.items()}
     return report
 

@@ -6,7 +6,7 @@
 __all__ = ['pad_for_frames', 'match_frames', 'MFCC', 'Units', 'frame_geometry', 'span_mask', 'HubertPretraining', 'tiny_hubert',
            'change_speed', 'pretrain_hubert', 'finetune_hubert', 'Teacher', 'FeatureCache']
 
-# %% ../../nbs/tokenizer/05_teachers.ipynb #605c97ce
+# %% ../../nbs/tokenizer/05_teachers.ipynb #340eebc8
 import copy
 import hashlib
 import os
@@ -23,7 +23,7 @@ from transformers import AutoFeatureExtractor, AutoModel, HubertConfig, HubertMo
 
 from ..foundations.audio import check_wav
 from ..foundations.corpus import Batch, BucketBatches, Corpus, SegmentBatches
-from ..foundations.evaluation import ctc_loss, phone_targets
+from ..foundations.judges import ctc_loss, ctc_targets
 from ..foundations.machine import cache_folder
 from ..foundations.training import TrainConfig, Trainer, checkpoint_folder, cosine
 from .rvq import kmeans, nearest_codes
@@ -282,7 +282,7 @@ def pretrain_hubert(
     history = trainer.fit()
     return trainer.raw().hubert.cpu().eval(), history
 
-# %% ../../nbs/tokenizer/05_teachers.ipynb #8b37b1da
+# %% ../../nbs/tokenizer/05_teachers.ipynb #4de075ed
 class _Speller(nn.Module):
     "A HuBERT with a linear layer over blank and phones: `wav -> log probabilities`."
 
@@ -319,7 +319,7 @@ def finetune_hubert(
     seed: int = 0,
 ) -> tuple[HubertModel, list[dict]]:  # in eval mode; metrics
     "Teach a HuBERT to spell phones by CTC. Resumes if `folder` holds a checkpoint."
-    number, part = phone_targets(corpus)
+    number, part = ctc_targets(corpus)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _Speller(copy.deepcopy(hubert), len(corpus.phone_counts()))
