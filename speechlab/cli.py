@@ -6,7 +6,7 @@
 __all__ = ['app', 'corpus_app', 'SizeArgument', 'JsonOption', 'train_app', 'OutArgument', 'SizeOption', 'StepsOption',
            'SeedOption', 'ModelOption', 'LevelsOption', 'WorkersOption', 'bench_app', 'Size', 'info', 'corpus_build',
            'corpus_stats', 'Codec', 'Distill', 'Units', 'train_recognizer_command', 'train_speaker_command',
-           'train_teacher_command', 'train_tokenizer_command', 'resynth', 'convert', 'encode', 'decode',
+           'train_teacher_command', 'train_tokenizer_command', 'resynth', 'convert', 'encode', 'decode', 'export',
            'bench_tokens_command', 'main']
 
 # %% ../nbs/reference/cli.ipynb #0fb240a6
@@ -171,7 +171,7 @@ def _facts(command: str, data: str, seconds: float) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
-# %% ../nbs/reference/cli.ipynb #f9936cc8
+# %% ../nbs/reference/cli.ipynb #261a5bf7
 class Units(str, Enum):
     "What a recogniser writes."
 
@@ -227,7 +227,7 @@ def train_recognizer_command(
     publish(model, out, _card(out.name, what, facts))
     typer.echo(f"{[facts[name] for name in rates]}; wrote {out}")
 
-
+# %% ../nbs/reference/cli.ipynb #241edd06
 @train_app.command("speaker")
 def train_speaker_command(
     out: OutArgument,
@@ -435,7 +435,7 @@ def resynth(
         report["mel distance"] = round(mel_distance(wav, rebuilt, rate), 4)
     _print(report, as_json)
 
-# %% ../nbs/reference/cli.ipynb #eeb71b22
+# %% ../nbs/reference/cli.ipynb #137e162d
 ModelOption = Annotated[str, typer.Option(help="Shipped name, folder or hub id of a tokeniser.")]
 LevelsOption = Annotated[int | None, typer.Option(help="Levels of codes; all if left out.")]
 WorkersOption = Annotated[int, typer.Option(help="Processes, for folders.", min=1)]
@@ -445,7 +445,9 @@ def _report_folder(report, target: Path) -> None:
     "Say what happened to a folder's files; exit code 1 if any failed."
     for name, reason in report.failed.items():
         typer.echo(f"{name}: {reason}", err=True)
-    typer.echo(f"{report.done} done, {report.skipped} there already, {len(report.failed)} failed; {target}")
+    typer.echo(
+        f"{report.done} done, {report.skipped} there already, {len(report.failed)} failed; {target}"
+    )
     if report.failed:
         raise typer.Exit(1)
 
@@ -479,7 +481,7 @@ def convert(
         typer.echo(f"similarity to the wanted voice {near:.2f}, to the source {far:.2f}")
     typer.echo(f"wrote {target}, {made.shape[-1] / rate:.2f} s, {rate} Hz")
 
-
+# %% ../nbs/reference/cli.ipynb #29f7d2b8
 @app.command()
 def encode(
     source: Annotated[Path, typer.Argument(help="A recording, or a folder of recordings.")],
@@ -534,13 +536,31 @@ def decode(
 
     if source.is_dir():
         name = model or "speechtokenizer-small"
-        return _report_folder(files.decode_folder(name, source, target, n_q, workers=workers), target)
+        return _report_folder(
+            files.decode_folder(name, source, target, n_q, workers=workers), target
+        )
     file = files.read_tokens(source)
-    tokenizer = SpeechTokenizer.from_pretrained(model or file.model or "speechtokenizer-small").fold()
+    tokenizer = SpeechTokenizer.from_pretrained(
+        model or file.model or "speechtokenizer-small"
+    ).fold()
     files.decode_file(tokenizer, file, target, n_q)
     typer.echo(f"wrote {target}, {file.seconds:.2f} s, {file.sample_rate} Hz")
 
-# %% ../nbs/reference/cli.ipynb #c48213c4
+# %% ../nbs/reference/cli.ipynb #3d72f849
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(help="Folder for encoder.onnx and decoder.onnx.")],
+    model: ModelOption = "speechtokenizer-small",
+) -> None:
+    "Write a tokeniser as ONNX graphs, checked in onnxruntime. Needs the extra 'onnx'."
+    from speechlab.tokenizer.export import export_onnx
+    from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
+
+    export_onnx(SpeechTokenizer.from_pretrained(model), target)
+    sizes = ", ".join(f"{p.name} {p.stat().st_size / 1e6:.1f} MB" for p in target.glob("*.onnx"))
+    typer.echo(f"wrote {target}: {sizes}")
+
+# %% ../nbs/reference/cli.ipynb #3c3af446
 bench_app = typer.Typer(
     help="Measure models beside each other.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -560,10 +580,13 @@ def bench_tokens_command(
     corpus: Annotated[
         str, typer.Option(help="smoke, cpu, gpu, or a folder of audio with .txt transcripts.")
     ] = "cpu",
-    levels: Annotated[str, typer.Option(help="Ranges, e.g. '1 2 1:8'.")] = "1 1:8",
+    levels: Annotated[str, typer.Option(help="Ranges of levels to decode.")] = "1 1:2 1:4 1:8",
+    read: Annotated[
+        str, typer.Option(help="The ranges among them that readers are trained on.")
+    ] = "1 1:8",
     seeds: Annotated[int, typer.Option(help="Readers per combination.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Training steps of a reader.", min=1)] = 800,
-    width: Annotated[int, typer.Option(help="LSTM units of a reader; 1024 in the paper.")] = 128,
+    steps: Annotated[int, typer.Option(help="Training steps of a reader.", min=1)] = 400,
+    width: Annotated[int, typer.Option(help="LSTM units of a reader; 1024 in the paper.")] = 96,
     embedding: Annotated[str, typer.Option(help="codebook, centroids or random.")] = "codebook",
     units: Annotated[Units, typer.Option(help="What readers spell.")] = Units.characters,
     recognizer: Annotated[
@@ -591,7 +614,7 @@ def bench_tokens_command(
     config = bench.ReaderConfig(steps, width, embedding=embedding, units=units.value)
     result = bench.bench_tokens(
         codecs, chosen, load_recognizer(recognizer), load_speaker_encoder(speaker),
-        bench.parse_levels(levels), seeds, config, out,
+        bench.parse_levels(levels), bench.parse_levels(read), seeds, config, out,
     )  # fmt: skip
     table = bench.benchmark_table(result)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

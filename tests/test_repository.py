@@ -108,7 +108,7 @@ def public(module) -> set[str]:
 
 MODULES = [
     f"speechlab.foundations.{m}"
-    for m in ("machine", "audio", "phonemes", "corpus", "training", "evaluation")
+    for m in ("machine", "audio", "phonemes", "corpus", "training", "judges", "evaluation")
 ]
 MODULES += [
     f"speechlab.tokenizer.{m}"
@@ -120,6 +120,11 @@ MODULES += [
         "teachers",
         "distillation",
         "speech_tokenizer",
+        "benchmark",
+        "conversion",
+        "streaming",
+        "files",
+        "export",
     )
 ]
 
@@ -189,7 +194,7 @@ def test_corpus_commands(tmp_path, corpus):
 
 def test_training_commands(tmp_path):
     """Two steps of each; the folder then holds a model, a card and a report that agree."""
-    for name in ("recognizer", "teacher"):
+    for name in ("recognizer", "teacher", "speaker"):
         out = speechlab_command(
             "train", name, str(tmp_path / name), "--size", "smoke", "--steps", "2"
         )
@@ -232,6 +237,63 @@ def test_resynth_command(tmp_path, corpus):
     assert "nowhere" in out.stderr
 
 
+def test_token_commands(tmp_path, corpus):
+    """Encode, decode and convert files and folders; errors name the file."""
+    from speechlab.foundations.audio import load_wav, save_wav
+
+    a, b = (save_wav(tmp_path / "in" / f"{i}.flac", corpus[i].wav, 16000) for i in range(2))
+    spt, out = tmp_path / "a.spt", tmp_path / "a.wav"
+    done = speechlab_command("encode", str(a), str(spt), "--entropy", "--n-q", "4")
+    assert "4 levels" in done.stdout, done.stderr
+    assert speechlab_command("decode", str(spt), str(out)).returncode == 0
+    assert load_wav(out)[0].shape == corpus[0].wav.shape
+    done = speechlab_command("decode", str(spt), str(out), "--model", "encodec-small")
+    assert done.returncode == 1
+    assert "another tokeniser" in done.stderr
+    spt.write_bytes(spt.read_bytes()[:-3])
+    done = speechlab_command("decode", str(spt), str(out))
+    assert done.returncode == 1
+    assert "a.spt" in done.stderr
+    assert "truncated" in done.stderr
+    done = speechlab_command("convert", str(a), str(out), "--like", str(b), "--levels", "4")
+    assert "similarity to the wanted voice" in done.stdout, done.stderr
+    assert load_wav(out)[0].shape == corpus[0].wav.shape
+    (tmp_path / "in" / "bad.wav").write_bytes(b"no")
+    folders = (str(tmp_path / "in"), str(tmp_path / "tokens"))
+    done = speechlab_command("encode", *folders)
+    assert done.returncode == 1
+    assert "2 done, 0 there already, 1 failed" in done.stdout
+    assert "bad.wav" in done.stderr
+    (tmp_path / "in" / "bad.wav").unlink()
+    assert "0 done, 2 there already, 0 failed" in speechlab_command("encode", *folders).stdout
+    back = speechlab_command("decode", folders[1], str(tmp_path / "back"))
+    assert "2 done" in back.stdout, back.stderr
+    shards = speechlab_command("encode", folders[0], str(tmp_path / "shards"), "--parquet")
+    assert "2 utterances in 1 shards" in shards.stdout, shards.stderr
+    assert "no such file" in speechlab_command("encode", "/nowhere.wav", str(spt)).stderr
+    assert "takes a folder" in speechlab_command("encode", str(a), str(spt), "--parquet").stderr
+
+
+def test_bench_and_export_commands(tmp_path):
+    pytest.importorskip("onnxruntime")
+    out = speechlab_command(
+        *("bench", "tokens", str(tmp_path / "bench"), "--codec", "one=encodec-small", "--corpus"),
+        *("smoke", "--levels", "1", "--seeds", "1", "--steps", "2", "--width", "4"),
+    )
+    assert "| one | RVQ-1 |" in out.stdout, out.stderr[-2000:]
+    made = {p.name for p in (tmp_path / "bench").iterdir()}
+    assert made == {"table.md", "result.json", "figure.png", "rows.jsonl"}
+    assert json.loads((tmp_path / "bench" / "result.json").read_text())["rows"][0]["codec"] == "one"
+    bad = speechlab_command(
+        "bench", "tokens", str(tmp_path), "--codec", "x", "--corpus", "/nowhere"
+    )
+    assert bad.returncode == 1
+    assert "--corpus is" in bad.stderr
+    out = speechlab_command("export", str(tmp_path / "onnx"))
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert {p.name for p in (tmp_path / "onnx").iterdir()} >= {"encoder.onnx", "decoder.onnx"}
+
+
 def test_shipped_checkpoints_are_small_and_have_cards():
     folders = [p for p in (ROOT / "data" / "checkpoints").iterdir() if p.is_dir()]
     assert {p.name for p in folders} >= {
@@ -240,6 +302,9 @@ def test_shipped_checkpoints_are_small_and_have_cards():
         "tiny-hubert-ft",
         "speechtokenizer-small",
         "encodec-small",
+        "character-recognizer",
+        "speaker-encoder",
+        "small-causal",
     }
     total = 0
     for folder in folders:
@@ -271,7 +336,14 @@ def test_errors_are_one_line():
         ("train", "tokenizer"),
         ("train", "teacher"),
         ("train", "recognizer"),
+        ("train", "speaker"),
         ("resynth",),
+        ("convert",),
+        ("encode",),
+        ("decode",),
+        ("bench",),
+        ("bench", "tokens"),
+        ("export",),
     ],
 )
 def test_help_is_worth_reading(command):

@@ -26,7 +26,7 @@ from .corpus import Corpus, Entry
 from .judges import Recognizer, equal_error_rate, speaker_pairs
 from .phonemes import PAUSE
 
-# %% ../../nbs/foundations/06_evaluation.ipynb #fc398af8
+# %% ../../nbs/foundations/06_evaluation.ipynb #711d69c2
 class Estimate(NamedTuple):
     "A figure with its 95 % interval and the number of utterances behind it."
 
@@ -49,7 +49,9 @@ def bootstrap(
     values = np.asarray(values, dtype=float)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=float)
     if values.ndim != 1 or values.shape != weights.shape or not len(values):
-        raise ValueError(f"values has shape {values.shape}, weights {weights.shape}; both (N,), N > 0")
+        raise ValueError(
+            f"values has shape {values.shape}, weights {weights.shape}; both (N,), N > 0"
+        )
     if not (np.isfinite(values).all() and np.isfinite(weights).all()) or weights.sum() <= 0:
         raise ValueError("values and weights must be finite, and the weights' sum positive")
     value = float(values.sum() / weights.sum())

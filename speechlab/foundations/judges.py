@@ -185,7 +185,7 @@ def ctc_loss(
     flat = torch.tensor([number for row in targets for number in row], device=scores.device)
     return F.ctc_loss(scores.transpose(0, 1), flat, frames.cpu(), sizes)
 
-# %% ../../nbs/foundations/05_judges.ipynb #eb29a677
+# %% ../../nbs/foundations/05_judges.ipynb #44342ac6
 def change_voice(
     wav: Tensor,  # (B, 1, T)
     lengths: Tensor,  # (B,) valid samples
@@ -198,7 +198,7 @@ def change_voice(
     wav, lengths = torchaudio.functional.speed(wav, sample_rate, speed, lengths)
     return wav, lengths.long()
 
-
+# %% ../../nbs/foundations/05_judges.ipynb #f9dafc71
 @dataclass
 class _RecognizerLoss:
     "CTC loss of a batch at a random speed; knows the symbols of each utterance by its id."
@@ -373,7 +373,7 @@ def train_speaker_encoder(
     history = trainer.fit()
     return trainer.raw().encoder.cpu().eval(), history
 
-# %% ../../nbs/foundations/05_judges.ipynb #2ef3ac93
+# %% ../../nbs/foundations/05_judges.ipynb #b6357d0d
 def equal_error_rate(
     same: np.ndarray,  # similarities of pairs with one voice
     different: np.ndarray,  # similarities of pairs with two voices
@@ -385,7 +385,7 @@ def equal_error_rate(
     cuts = np.unique(np.concatenate([same, different]))
     refused = np.searchsorted(same, cuts, side="left") / len(same)  # same < cut
     accepted = 1 - np.searchsorted(different, cuts, side="left") / len(different)
-    place = int(np.argmin(np.maximum(refused, accepted)))
+    place = int(np.argmin(np.abs(refused - accepted)))
     return float((refused[place] + accepted[place]) / 2), float(cuts[place])
 
 
@@ -404,7 +404,7 @@ def speaker_pairs(
     equal = names[:, None] == names
     return cosines[equal & upper], cosines[~equal & upper]
 
-# %% ../../nbs/foundations/05_judges.ipynb #bd5b5ede
+# %% ../../nbs/foundations/05_judges.ipynb #bddf5102
 def _rows(wav: Tensor, lengths: Tensor | None) -> list[np.ndarray]:
     "Each signal of a batch by itself, without its padding."
     lengths = [wav.shape[-1]] * len(wav) if lengths is None else lengths.tolist()
@@ -470,7 +470,9 @@ class WavLMSpeaker(nn.Module):
         "A folder or hub id of a transformers `WavLMForXVector`."
         from transformers import AutoFeatureExtractor, WavLMForXVector
 
-        return cls(WavLMForXVector.from_pretrained(name), AutoFeatureExtractor.from_pretrained(name))
+        return cls(
+            WavLMForXVector.from_pretrained(name), AutoFeatureExtractor.from_pretrained(name)
+        )
 
     @torch.no_grad()
     def embed(

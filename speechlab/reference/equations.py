@@ -132,7 +132,7 @@ _RECONSTRUCTION = (
     ),
 )
 
-# %% ../../nbs/reference/equations.ipynb #7bdd506c
+# %% ../../nbs/reference/equations.ipynb #f39cd8af
 _SHARED = (
     Equation(
         "EnCodec",
@@ -151,7 +151,51 @@ _SHARED = (
         "tests/test_training.py::test_noam_is_the_paper_up_to_scale",
     ),
 )
-EQUATIONS = _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _SHARED
+_MEASURES = (
+    Equation(
+        "SpeechTokenizer",
+        "Eq. 1",
+        "SLMTokBench: mutual information of tokens and text",
+        r"I(X;Y) = \frac{1}{N^2} \sum_{i=1}^{N} \sum_{j=1}^{N} \left[ \log q(y_i \mid x_i) - "
+        r"\log q(y_j \mid x_i) \right]",
+        "speechlab.tokenizer.benchmark.mutual_information",
+        "tests/test_slmtokbench.py::test_mutual_information_is_equation_1",
+    ),
+    Equation(
+        "CTC",
+        "Eq. 3",
+        "probability of a text",
+        r"p(y \mid x) = \sum_{\pi \in B^{-1}(y)} \prod_{t=1}^{T} p_t(\pi_t)",
+        "speechlab.foundations.judges.ctc_loss",
+        "tests/test_judges.py::test_ctc_loss_is_that_of_all_paths",
+    ),
+    Equation(
+        "AM-softmax",
+        "Eq. 6",
+        "speaker classification with a margin",
+        r"-\log \frac{e^{s(\cos\theta_y - m)}}{e^{s(\cos\theta_y - m)} + \sum_{k \ne y} "
+        r"e^{s \cos\theta_k}}",
+        "speechlab.foundations.judges.voice_loss",
+        "tests/test_judges.py::test_voice_loss_in_loops",
+    ),
+    Equation(
+        "SDR – half-baked or well done?",
+        "SI-SDR",
+        "scale-invariant signal-to-distortion ratio",
+        r"10 \log_{10} \frac{\lVert \alpha x \rVert^2}{\lVert \alpha x - \hat x \rVert^2}",
+        "speechlab.foundations.evaluation.si_sdr",
+        "tests/test_evaluation.py::test_si_sdr_is_the_ratio_it_was_made_with",
+    ),
+    Equation(
+        "Kubichek 1993",
+        "MCD",
+        "mel-cepstral distortion",
+        r"\frac{10 \sqrt 2}{\ln 10} \frac1T \sum_t \sqrt{\sum_{d=1}^{13} (c_{t,d} - c'_{t,d})^2}",
+        "speechlab.foundations.evaluation.mel_cepstral_distortion",
+        "tests/test_evaluation.py::test_mcd_is_the_sum_of_cosines",
+    ),
+)
+EQUATIONS = _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED
 
 
 def as_markdown(rows: tuple[Equation, ...] = EQUATIONS) -> str:

@@ -8,12 +8,12 @@ __all__ = ['Levels', 'COLUMNS', 'Codec', 'TokenizerCodec', 'UnitsCodec', 'Transf
            'pair_likelihoods', 'mutual_information', 'text_alignment', 'preservation', 'bench_tokens', 'summarise',
            'benchmark_table', 'plot_benchmark']
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #093812c8
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #6f133427
 import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -25,7 +25,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ..foundations.audio import log_mel, resample
 from ..foundations.corpus import BucketBatches, Corpus
 from ..foundations.evaluation import Estimate, bootstrap, error_counts, evaluate, over_seeds
-from ..foundations.judges import collapse, ctc_loss, ctc_symbols, ctc_targets, joined, spoken
+from speechlab.foundations.judges import (
+    collapse,
+    ctc_loss,
+    ctc_symbols,
+    ctc_targets,
+    joined,
+    spoken,
+)
 from ..foundations.machine import library_versions
 from ..foundations.training import TrainConfig, Trainer, cosine
 from .speech_tokenizer import SpeechTokenizer
@@ -87,7 +94,7 @@ class UnitsCodec:
     def vectors(self) -> list[Tensor]:
         return [self.units.centres]
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #94306b92
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #851c50ea
 class TransformersCodec:
     "`EncodecModel`, `DacModel` or `MimiModel` of transformers as a codec (mono)."
 
@@ -150,11 +157,11 @@ class TransformersCodec:
 
 
 def load_codec(
-    name: str,  # "speechtokenizer-small", a folder, "encodec:ID", "dac:ID", "mimi:ID", "units:TEACHER"
+    name: str,  # a SpeechTokenizer, or "encodec:ID", "dac:ID", "mimi:ID", "units:TEACHER"
     corpus: Corpus,  # units are fitted on its train split
     codebook_size: int = 256,  # of units
 ) -> Codec:
-    "A codec by name; see the comment."
+    "A codec by name: shipped, a folder or a hub id."
     kind, _, place = name.partition(":")
     if place and kind in ("encodec", "dac", "mimi"):
         return TransformersCodec.from_pretrained(place, kind)
@@ -163,13 +170,13 @@ def load_codec(
         return UnitsCodec(Units.fit(Teacher.from_pretrained(place), part, codebook_size), name)
     return TokenizerCodec(SpeechTokenizer.from_pretrained(name).fold(), Path(name).name)
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #1c850f5e
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #2096a704
 @dataclass(frozen=True)
 class ReaderConfig:
     "Size and training of `TokenReader`."
 
-    steps: int = 800
-    width: int = 128  # LSTM units per direction; 1024 in the paper
+    steps: int = 400
+    width: int = 96  # LSTM units per direction; 1024 in the paper
     layers: int = 2
     batch_size: int = 16
     learning_rate: float = 3e-3
@@ -399,7 +406,7 @@ def text_alignment(
         *(bootstrap(*zip(*rows)) for rows in counts.values()),
     )
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #af283020
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #7bdd9e9d
 def preservation(
     codec: Codec,
     tokens: dict[str, Tensor],
@@ -423,13 +430,14 @@ def preservation(
         return {}
     return {name: estimate.value for name, estimate in found.estimates.items()}
 
-
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #c1e6a45d
 def bench_tokens(
     codecs: dict[str, Sequence[Codec]],  # name -> models trained alike with different seeds
     corpus: Corpus,  # train: readers; test: everything else
     recognizer,
     encoder,
-    levels: Sequence[Levels] = ((0, 1), (0, 8)),
+    levels: Sequence[Levels] = ((0, 1), (0, 2), (0, 4), (0, 8)),
+    read: Sequence[Levels] = ((0, 1), (0, 8)),  # the ranges among them that readers are trained on
     seeds: int = 3,
     config: ReaderConfig = ReaderConfig(),
     folder: str | os.PathLike | None = None,  # keeps rows.jsonl; None: nothing is kept
@@ -446,7 +454,7 @@ def bench_tokens(
         for line in store.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             done[row["codec"], row["levels"], row["seed"], row["reader"]] = row
-    key = json.dumps([settings["corpus"], settings["reader"]])
+    judges = [type(judge).__name__ for judge in (recognizer, encoder)]
     rows = []
     for name, models in codecs.items():
         for seed in range(seeds):
@@ -454,13 +462,16 @@ def bench_tokens(
             for part in levels:
                 if part[1] > codec.n_q:
                     continue
+                alone = replace(config, seed=seed) if part in read else None
+                key = json.dumps([settings["corpus"], judges, codec.name, alone and asdict(alone)])
                 row = done.get((name, level_name(part), seed, key))
                 if row is None:
                     tokens = tokens or encode_corpus(codec, corpus)
                     row = {"codec": name, "levels": level_name(part), "seed": seed, "reader": key}
                     row |= _one_row(
-                        codec, tokens, corpus, test, part, symbols, config, seed, recognizer, encoder
-                    )
+                        codec, tokens, corpus, test, part, symbols,
+                        alone, recognizer, encoder,
+                    )  # fmt: skip
                     if store:
                         store.parent.mkdir(parents=True, exist_ok=True)
                         with open(store, "a", encoding="utf-8") as file:
@@ -472,22 +483,23 @@ def bench_tokens(
 
 
 def _one_row(
-    codec, tokens, corpus, test, levels, symbols, config, seed, recognizer, encoder
+    codec, tokens, corpus, test, levels, symbols, config, recognizer, encoder
 ) -> dict[str, float]:
-    "Train a reader and ask everything of one combination."
-    config = ReaderConfig(**(asdict(config) | {"seed": seed}))
-    reader = train_reader(codec, tokens, corpus, levels, config)
-    found = text_alignment(reader, tokens, test, levels, symbols, config.units)
-    row = {
-        "information": found.information, "per symbol": found.per_symbol,
-        "WER downstream": found.wer.value, "CER downstream": found.cer.value,
-    }  # fmt: skip
+    "Train a reader, if it has a config, and ask everything of one combination."
+    row = {}
+    if config is not None:
+        reader = train_reader(codec, tokens, corpus, levels, config)
+        found = text_alignment(reader, tokens, test, levels, symbols, config.units)
+        row = {
+            "information": found.information, "per symbol": found.per_symbol,
+            "WER downstream": found.wer.value, "CER downstream": found.cer.value,
+        }  # fmt: skip
     kept = preservation(codec, tokens, test, levels, recognizer, encoder)
     names = {"similarity": "similarity"}
     row |= {names.get(k, f"{k} resynthesis"): v for k, v in kept.items()}
     return {k: round(v, 5) for k, v in row.items()}
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #eab34f79
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #2bb339b5
 COLUMNS = {  # key of a row -> heading, factor, whether higher is better
     "information": ("MI (nats)", 1, True),
     "per symbol": ("MI per symbol", 1, True),
@@ -505,9 +517,8 @@ def summarise(result: dict) -> dict[tuple[str, str], dict[str, Estimate]]:
     groups: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in result["rows"]:
         cells = groups.setdefault((row["codec"], row["levels"]), {})
-        for name in COLUMNS:
-            if name in row:
-                cells.setdefault(name, []).append(row[name])
+        for name in COLUMNS.keys() & row.keys():
+            cells.setdefault(name, []).append(row[name])
     return {
         key: {name: over_seeds(values) for name, values in cells.items()}
         for key, cells in groups.items()
@@ -530,7 +541,9 @@ def benchmark_table(result: dict) -> str:
                 continue
             found, factor = cells[name], COLUMNS[name][1]
             digits = 2 if factor == 1 else 1
-            half = "" if found.count == 1 else f" ± {factor * (found.high - found.low) / 2:.{digits}f}"
+            half = (
+                "" if found.count == 1 else f" ± {factor * (found.high - found.low) / 2:.{digits}f}"
+            )
             row.append(f"{factor * found.value:.{digits}f}{half}")
         lines.append(f"| {codec} | {levels} | " + " | ".join(row) + " |")
     tops = [
@@ -541,7 +554,7 @@ def benchmark_table(result: dict) -> str:
     lines.append("Recordings (ceilings of the judges): " + ", ".join(tops) + ".")
     return "\n".join(lines)
 
-
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #e947975c
 def plot_benchmark(result: dict):
     "Bars with intervals: information, downstream and resynthesis errors, similarity."
     import matplotlib.pyplot as plt
@@ -560,7 +573,10 @@ def plot_benchmark(result: dict):
                 found = groups.get((name, levels), {}).get(column)
                 if found is None:
                     continue
-                x, width = index + (place - (len(names) - 1) / 2) * 0.8 / len(names), 0.75 / len(names)
+                x, width = (
+                    index + (place - (len(names) - 1) / 2) * 0.8 / len(names),
+                    0.75 / len(names),
+                )
                 label = name if ax is axes[0] and index == 0 else None
                 ax.bar(x, factor * found.value, width, color=colours[place % 6], label=label)
                 if found.count > 1:
@@ -568,7 +584,9 @@ def plot_benchmark(result: dict):
         top = result["ceilings"].get({"similarity": "similarity"}.get(column, rate))
         if top and column in (f"{rate} resynthesis", "similarity"):
             ax.axhline(factor * top[0], color="k", linestyle=":", linewidth=0.9)
-        ax.set(xticks=range(len(ranges)), title=f"{heading}, {'higher' if up else 'lower'} is better")
+        ax.set(
+            xticks=range(len(ranges)), title=f"{heading}, {'higher' if up else 'lower'} is better"
+        )
         ax.set_xticklabels(ranges, rotation=20)
         ax.title.set_fontsize(8)
     figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)

@@ -76,7 +76,7 @@ def convert(
     codes = [tokenizer.encode(wav) for wav in (source, reference)]
     return tokenizer.decode(convert_codes(tokenizer, *codes, levels, align), source.shape[-1])
 
-# %% ../../nbs/tokenizer/09_conversion.ipynb #8a86db7d
+# %% ../../nbs/tokenizer/09_conversion.ipynb #e59f2860
 class Separation(NamedTuple):
     "How well labels can be told from vectors."
 
@@ -94,7 +94,10 @@ def separation(
     "Nearest-neighbour accuracy and silhouette of labelled vectors, by scikit-learn's metrics."
     from sklearn.metrics import pairwise_distances, silhouette_score
 
-    labels, groups = np.asarray(labels), np.arange(len(labels)) if groups is None else np.asarray(groups)
+    labels, groups = (
+        np.asarray(labels),
+        np.arange(len(labels)) if groups is None else np.asarray(groups),
+    )
     distance = pairwise_distances(vectors)
     distance[groups[:, None] == groups] = np.inf
     nearest = labels[np.argsort(distance, axis=1)[:, :neighbours]]
@@ -104,7 +107,9 @@ def separation(
         found.append(kinds[int(np.argmax(counts))])
     most = max((labels == kind).mean() for kind in kinds)
     return Separation(
-        float((np.array(found) == labels).mean()), float(most), float(silhouette_score(vectors, labels))
+        float((np.array(found) == labels).mean()),
+        float(most),
+        float(silhouette_score(vectors, labels)),
     )
 
 
@@ -132,7 +137,7 @@ def level_vectors(
             vectors.append(vector.numpy()), labels.append(label), groups.append(index)
     return np.stack(vectors), np.array(labels), np.array(groups)
 
-# %% ../../nbs/tokenizer/09_conversion.ipynb #c1644435
+# %% ../../nbs/tokenizer/09_conversion.ipynb #afa2faf3
 class MixingDesk:
     "Mix the levels of two recordings by ear, with ipywidgets; `static` renders fixed settings."
 
@@ -177,7 +182,9 @@ class MixingDesk:
             ),
             "switch": ipywidgets.IntSlider(1, 1, n_q, description="source up to level", **wide),
             "levels": ipywidgets.IntSlider(n_q, 1, n_q, description="levels in all", **wide),
-            "align": ipywidgets.ToggleButtons(options=["match", "cycle"], description="align", **wide),
+            "align": ipywidgets.ToggleButtons(
+                options=["match", "cycle"], description="align", **wide
+            ),
         }
 
         def listen(**chosen):

@@ -81,7 +81,7 @@ def export_programs(
             made.append(torch.export.export(half, (example,), dynamic_shapes=shapes))
     return tuple(made)
 
-# %% ../../nbs/tokenizer/12_export.ipynb #1d3c1898
+# %% ../../nbs/tokenizer/12_export.ipynb #2ddd3257
 def export_onnx(
     tokenizer: SpeechTokenizer,
     folder: str | os.PathLike,
@@ -170,4 +170,6 @@ def _check(tokenizer: SpeechTokenizer, other: OnnxTokenizer) -> None:
         same = float((other.encode(wav) == codes).float().mean())
         difference = float((other.decode(codes) - tokenizer.decode(codes)).abs().max())
         if same < 0.999 or difference > 1e-3:
-            raise RuntimeError(f"the ONNX graphs differ: {same:.1%} of codes, wave {difference:.1e}")
+            raise RuntimeError(
+                f"the ONNX graphs differ: {same:.1%} of codes, wave {difference:.1e}"
+            )

@@ -65,7 +65,7 @@ def unpack_codes(data: bytes, n_q: int, frames: int, codebook_size: int) -> np.n
         raise TokenFileError(f"code {flat.max()} in a file of {codebook_size} codes")
     return flat.reshape(frames, n_q).T
 
-# %% ../../nbs/tokenizer/11_files.ipynb #cea4d108
+# %% ../../nbs/tokenizer/11_files.ipynb #214c3276
 class _Counts:
     "Adaptive frequencies of one level, in integers: order 0, and order 1 for small codebooks."
 
@@ -75,7 +75,7 @@ class _Counts:
         self.size = codebook_size
 
     def table(self, before: int) -> np.ndarray:
-        "Cumulative frequencies (K + 1,), the last below 2**29: the coder's width is at least 2**32."
+        "Cumulative frequencies (K + 1,), the last below 2**26; the coder's width is 2**32 or more."
         found = self.zero
         if self.one is not None and before in self.one:
             found = found + 24 * self.one[before]
@@ -84,12 +84,12 @@ class _Counts:
     def count(self, code: int, before: int) -> None:
         "See a code."
         self.zero[code] += 1
-        if self.zero[code] > 1 << 12:
+        if self.zero[code] > 1 << 6:  # order 0 forgets sooner, so that order 1 wins in the end
             self.zero = (self.zero + 1) >> 1
         if self.one is not None:
             row = self.one.setdefault(before, np.zeros(self.size, dtype=np.int64))
             row[code] += 1
-            if row[code] > 1 << 8:
+            if row[code] > 1 << 10:
                 row >>= 1
 
 
@@ -152,7 +152,7 @@ class _RangeDecoder:
             self.width <<= 8
         return symbol
 
-
+# %% ../../nbs/tokenizer/11_files.ipynb #00509733
 def squeeze(codes: np.ndarray, codebook_size: int) -> bytes:
     "Codes (n_q, frames) by adaptive arithmetic coding."
     coder, models = _RangeEncoder(), [_Counts(codebook_size) for _ in codes]
@@ -177,7 +177,7 @@ def unsqueeze(data: bytes, n_q: int, frames: int, codebook_size: int) -> np.ndar
             codes[frame, level] = before[level] = code
     return codes.T
 
-# %% ../../nbs/tokenizer/11_files.ipynb #44cb6e86
+# %% ../../nbs/tokenizer/11_files.ipynb #138289a1
 _MAGIC, _VERSION = b"SPT1", 1
 _HEADER = struct.Struct("<4sBBBxIIIQQIB")  # magic, version, flags, n_q, K, rate, hop, frames, …
 _MOST_PER_BYTE = 64  # codes per byte of an entropy-coded payload
@@ -233,13 +233,17 @@ def from_bytes(data: bytes, name: str = "token file") -> TokenFile:
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         what = "too short for" if _MAGIC.startswith(data[:4]) else "not"
         raise TokenFileError(f"{name}: {what} a speechlab token file")
-    _, version, flags, n_q, size, rate, hop, frames, samples, mark, letters = _HEADER.unpack_from(data)
+    _, version, flags, n_q, size, rate, hop, frames, samples, mark, letters = _HEADER.unpack_from(
+        data
+    )
     if version != _VERSION or flags > 1:
         raise TokenFileError(f"{name}: version {version}, flags {flags}; this reads version 1")
     start = _HEADER.size + letters + 8
     length = struct.unpack_from("<Q", data, start - 8)[0] if len(data) >= start else 0
     if len(data) != start + length + 4:
-        raise TokenFileError(f"{name}: {len(data)} bytes, {start + length + 4} are announced; truncated?")
+        raise TokenFileError(
+            f"{name}: {len(data)} bytes, {start + length + 4} are announced; truncated?"
+        )
     if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise TokenFileError(f"{name}: the checksum is wrong; the file is damaged")
     if not n_q or not 2 <= size <= 65536 or frames * n_q > max(8, _MOST_PER_BYTE) * max(1, length):
@@ -306,7 +310,7 @@ def decode_tokens(
     check_owner(tokenizer, file)
     return tokenizer.decode(file.codes[None, :n_q], file.samples)
 
-# %% ../../nbs/tokenizer/11_files.ipynb #ab44266a
+# %% ../../nbs/tokenizer/11_files.ipynb #8d13aede
 def read_blocks(
     path: str | os.PathLike,
     sample_rate: int,  # Hz wanted; others are converted block by block
@@ -335,7 +339,9 @@ def read_blocks(
         raise AudioError(f"{path}: {seen} of {promised} samples could be read")
 
 
-def _converted(held: np.ndarray, first: int, last: int, found: int, wanted: int, name: str) -> Tensor:
+def _converted(
+    held: np.ndarray, first: int, last: int, found: int, wanted: int, name: str
+) -> Tensor:
     "Samples first to last of what is held, at another rate; the rest is context."
     wav = check_wav(torch.from_numpy(held.clip(-1, 1)).view(1, 1, -1), name)
     if found == wanted:
@@ -388,7 +394,7 @@ def decode_file(
         raise
     return target
 
-# %% ../../nbs/tokenizer/11_files.ipynb #da8b5c7b
+# %% ../../nbs/tokenizer/11_files.ipynb #42c6ba79
 class FolderReport(NamedTuple):
     "What happened to the files of a folder."
 
@@ -462,7 +468,7 @@ def _decode_one(job: tuple) -> tuple[str, str]:
         return "failed", str(error)
     return "done", ""
 
-
+# %% ../../nbs/tokenizer/11_files.ipynb #d7861079
 def _over_folder(work: Callable, jobs: list[tuple], model: str, workers: int) -> FolderReport:
     "Run jobs in processes with a bar; job[0] is the source."
     counts, failed = {"done": 0, "skipped": 0}, {}
@@ -523,7 +529,7 @@ def decode_folder(
         jobs.append((path, target / f"{plain}{ending}", n_q))
     return _over_folder(_decode_one, jobs, model, workers)
 
-# %% ../../nbs/tokenizer/11_files.ipynb #cafca36c
+# %% ../../nbs/tokenizer/11_files.ipynb #cc6703a6
 def _schema(file: TokenFile):
     import pyarrow
 
@@ -531,7 +537,10 @@ def _schema(file: TokenFile):
     notes = {f"speechlab.{name}": str(getattr(file, name)) for name in sorted(about)}
     columns = {"id": "string", "speaker": "string", "text": "string", "samples": "int64"}
     fields = [pyarrow.field(name, kind) for name, kind in columns.items()]
-    fields += [pyarrow.field("n_q", "int32"), pyarrow.field("codes", pyarrow.list_(pyarrow.uint16()))]
+    fields += [
+        pyarrow.field("n_q", "int32"),
+        pyarrow.field("codes", pyarrow.list_(pyarrow.uint16())),
+    ]
     return pyarrow.schema(fields, notes)
 
 
@@ -556,16 +565,21 @@ def write_shards(
     for first in tqdm(range(0, len(corpus), rows), unit="shard", disable=len(corpus) <= rows):
         part, path = corpus[first : first + rows], folder / f"tokens-{first // rows:05d}.parquet"
         shards.append(path)
-        empty = _token_file(tokenizer, torch.zeros(n_q or tokenizer.config.rvq.n_q, 0, dtype=torch.long), 0, model)
+        empty = _token_file(
+            tokenizer, torch.zeros(n_q or tokenizer.config.rvq.n_q, 0, dtype=torch.long), 0, model
+        )
         if path.exists():
             there = pyarrow.parquet.read_table(path, columns=["id", "n_q"])
-            alike = there.schema.metadata.get(b"speechlab.fingerprint") == str(empty.fingerprint).encode()
+            alike = (
+                there.schema.metadata.get(b"speechlab.fingerprint")
+                == str(empty.fingerprint).encode()
+            )
             levels = set(there["n_q"].to_pylist()) == {empty.codes.shape[0]}
             if alike and levels and there["id"].to_pylist() == [e.id for e in part.entries]:
                 continue
         table = [
             {"id": u.id, "speaker": u.speaker, "text": u.text, "samples": u.entry.samples,
-             "n_q": empty.codes.shape[0], "codes": tokenizer.encode(u.wav, n_q)[0].T.flatten().tolist()}
+             "n_q": len(empty.codes), "codes": tokenizer.encode(u.wav, n_q)[0].T.flatten().tolist()}
             for u in part
         ]  # fmt: skip
         draft = path.with_suffix(".part")

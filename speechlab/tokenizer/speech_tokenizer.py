@@ -97,7 +97,7 @@ CONFIGS = {
     "small-causal": SpeechTokenizerConfig(FrameCodecConfig(causal=True), _COURSE_RVQ, 0),
 }
 
-# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #41e34069
+# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #10edd54c
 class TokenizerOutput(NamedTuple):
     "What `SpeechTokenizer.forward` returns."
 
@@ -120,7 +120,19 @@ def _lengths(mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         raise ValueError("mask must be True from the start of each row, and then False")
     return lengths
 
-# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #052ff216
+
+def _from_level(
+    quantizer: ResidualVQ, codes: Tensor, mask: Tensor | None, first_level: int
+) -> Tensor:
+    "The sum of the code vectors of levels `first_level` and on, (B, D, frames)."
+    if not 0 <= first_level < quantizer.config.n_q:
+        raise ValueError(f"first_level is {first_level}; this tokeniser has no such level")
+    if not first_level:
+        return quantizer.decode(codes, mask)
+    full = torch.cat([codes[:, :1]] * first_level + [codes], dim=1)  # the first are not used
+    return quantizer.codes_to_vectors(full, mask)[:, first_level:].sum(dim=1)
+
+# %% ../../nbs/tokenizer/07_speech_tokenizer.ipynb #29b9e341
 class SpeechTokenizer(nn.Module, ShippedModel):
     """`wav (B, 1, T) <-> codes (B, n_q, ceil(T / hop_length))`; SpeechTokenizer (ICLR 2024).
 
@@ -188,7 +200,7 @@ class SpeechTokenizer(nn.Module, ShippedModel):
         first_level: int = 0,  # the level that codes[:, 0] belongs to; the levels before it are 0
     ) -> Tensor:  # (B, 1, length), clipped to [-1, 1]; 0 where masked
         "Codes to wave. The first levels alone give a coarser wave, the later ones what was left."
-        z = self._vectors(codes, mask, first_level)
+        z = _from_level(self.quantizer, codes, mask, first_level)
         wav = self.decoder(z, _lengths(mask, (z.shape[0], z.shape[-1]))).clamp(-1, 1)
         if length is None:
             return wav
@@ -199,17 +211,6 @@ class SpeechTokenizer(nn.Module, ShippedModel):
                 f"{most - self.config.hop_length + 1} to {most} samples"
             )
         return wav[..., :length]
-
-    def _vectors(self, codes: Tensor, mask: Tensor | None, first_level: int) -> Tensor:
-        "The sum of the code vectors of levels `first_level` and on, (B, D, frames)."
-        if not first_level:
-            return self.quantizer.decode(codes, mask)
-        n_q = self.config.rvq.n_q
-        if not 0 < first_level < n_q:
-            raise ValueError(f"first_level is {first_level}; it must lie in [0, {n_q - 1}]")
-        before = codes.new_zeros(codes.shape[0], first_level, codes.shape[-1])
-        each = self.quantizer.codes_to_vectors(torch.cat([before, codes], dim=1), mask)
-        return each[:, first_level:].sum(dim=1)
 
     def fold(self) -> "SpeechTokenizer":
         "Compute every weight-normalised weight once, for inference. Returns self, in eval mode."

@@ -180,7 +180,7 @@ class TokenizerStream:
                 wav = _layer_step(layer, wav, str(index), step)
         return wav.clamp(-1, 1), StreamState(step.new, state.frames + codes.shape[-1])
 
-# %% ../../nbs/tokenizer/10_streaming.ipynb #c91c8703
+# %% ../../nbs/tokenizer/10_streaming.ipynb #0a643f79
 def context_frames(
     tokenizer: SpeechTokenizer,
     lstm_frames: int = 100,  # context for LSTMs, which are never quite done
@@ -223,11 +223,13 @@ def encode_pieces(
     seconds: float = 10.0,  # of a piece
     lstm_frames: int = 100,  # see context_frames
 ) -> Iterator[Tensor]:  # codes (1, n_q, frames), in order
-    "Encode sound of any length in constant memory; exact unless the codec has an LSTM that looks ahead."
+    "Encode any length in constant memory; exact unless the codec has an LSTM that looks ahead."
     hop = tokenizer.config.hop_length
     if tokenizer.config.codec.causal:
         stream, state = TokenizerStream(tokenizer), None
-        for piece, _, _ in _pieces(blocks, max(1, round(seconds * tokenizer.config.sample_rate / hop)) * hop, 0):
+        for piece, _, _ in _pieces(
+            blocks, max(1, round(seconds * tokenizer.config.sample_rate / hop)) * hop, 0
+        ):
             codes, state = stream.encode(piece, state, n_q=n_q)
             yield codes
         if state is not None and state.tensors["rest"].shape[-1]:

@@ -1,0 +1,311 @@
+"""Token files: packing, arithmetic coding, damage, folders, shards."""
+
+from __future__ import annotations
+
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speechlab.foundations.audio import load_wav, resample, save_wav
+from speechlab.tokenizer import files
+from speechlab.tokenizer.files import TokenFile, TokenFileError, from_bytes, to_bytes
+from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return SpeechTokenizer.from_pretrained("speechtokenizer-small").fold()
+
+
+@st.composite
+def token_files(draw):
+    n_q, frames = draw(st.integers(1, 9)), draw(st.integers(0, 30))
+    size = draw(st.sampled_from([2, 3, 16, 256, 1000, 1024, 65536]))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    few = draw(st.integers(1, size))
+    codes = torch.from_numpy(rng.integers(few, size=(n_q, frames)))
+    hop = draw(st.integers(1, 2000))
+    samples = max(0, frames * hop - draw(st.integers(0, hop - 1)))
+    name = draw(st.text(max_size=20))
+    return TokenFile(codes, size, draw(st.integers(1, 2**31 - 1)), hop, samples, 7, name)
+
+
+@settings(max_examples=150)
+@given(token_files(), st.booleans())
+def test_files_come_back(file, entropy):
+    again = from_bytes(to_bytes(file, entropy))
+    assert torch.equal(again.codes, file.codes)
+    for name in ("codebook_size", "sample_rate", "hop_length", "samples", "fingerprint"):
+        assert getattr(again, name) == getattr(file, name)
+    assert file.model.startswith(again.model)
+    assert again.seconds == file.samples / file.sample_rate
+
+
+def test_packed_bits_are_those_of_the_codes():
+    """Written out as a string of binary digits."""
+    codes = np.random.default_rng(0).integers(1000, size=(3, 7))
+    digits = "".join(format(int(c), "010b") for frame in codes.T for c in frame)
+    digits += "0" * (-len(digits) % 8)
+    wanted = bytes(int(digits[i : i + 8], 2) for i in range(0, len(digits), 8))
+    assert files.pack_codes(codes, 1000) == wanted
+    assert [files.bits_per_code(k) for k in (2, 3, 256, 257, 1024)] == [1, 2, 8, 9, 10]
+
+
+@settings(max_examples=60)
+@given(st.integers(2, 300), st.integers(1, 3), st.integers(0, 400), st.integers(0, 10**6))
+def test_arithmetic_coding_comes_back(size, n_q, frames, seed):
+    rng = np.random.default_rng(seed)
+    skewed = (rng.random((n_q, frames)) ** rng.integers(1, 40) * size).astype(int)
+    data = files.squeeze(skewed, size)
+    assert (files.unsqueeze(data, n_q, frames, size) == skewed).all()
+
+
+def test_long_runs_and_carries():
+    """Runs make wide symbols and many carries; the counts are halved on the way."""
+    codes = np.repeat(np.random.default_rng(0).integers(5, size=60), 200)[None]
+    data = files.squeeze(codes, 5)
+    assert (files.unsqueeze(data, *codes.shape, 5) == codes).all()
+    assert 8 * len(data) / codes.size < 0.2
+
+
+def test_bits_follow_the_model_that_both_sides_count():
+    """The size is the sum of -log2 p under the same counts, within a few bytes."""
+    codes = np.random.default_rng(1).integers(40, size=(1, 3000)) // 3
+    model, before, bits = files._Counts(16), 0, 0.0
+    for code in codes[0].tolist():
+        table = model.table(before)
+        bits -= np.log2((table[code + 1] - table[code]) / table[-1])
+        model.count(code, before)
+        before = code
+    assert abs(8 * len(files.squeeze(codes, 16)) - bits) < 80
+
+
+@pytest.fixture(scope="module")
+def originals():
+    rng = np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(256, size=(8, 40)) // rng.integers(1, 30, size=(8, 1)))
+    file = TokenFile(codes, 256, 16000, 320, 40 * 320 - 7, 123, "speechtokenizer-small")
+    return file, to_bytes(file), to_bytes(file, entropy=True)
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    out = bytearray(data)
+    kind = rng.randrange(6)
+    if kind == 0:  # bits
+        for _ in range(rng.randint(1, 4)):
+            out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+    elif kind == 1:  # truncated
+        del out[rng.randrange(len(out)) :]
+    elif kind == 2:  # longer
+        out += rng.randbytes(rng.randint(1, 20))
+    elif kind == 3:  # a block overwritten
+        place = rng.randrange(len(out))
+        out[place : place + 6] = rng.randbytes(6)
+    elif kind == 4:  # somebody who knows the format: a wild header with a right checksum
+        place = rng.randrange(4, 50)
+        out[place] = rng.randrange(256)
+        out[-4:] = struct.pack("<I", zlib.crc32(bytes(out[:-4])))
+    else:
+        out = bytearray(rng.randbytes(rng.randint(0, 300)))
+    return bytes(out)
+
+
+def test_ten_thousand_damaged_files(originals):
+    """Every one is refused, or (with a forged checksum) read without a crash and within bounds."""
+    file, *datas = originals
+    rng, forged = random.Random(0), 0
+    for number in range(10_000):
+        data = datas[number % 2]
+        bad = damaged(data, rng)
+        try:
+            found = from_bytes(bad)
+        except TokenFileError:
+            continue
+        if bad == data:
+            assert torch.equal(found.codes, file.codes)
+            continue
+        forged += 1  # only a forged checksum gets here
+        assert bad[-4:] == struct.pack("<I", zlib.crc32(bad[:-4]))
+        assert found.codes.numel() <= 64 * len(bad)
+    assert forged < 2500
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(data):
+    for start in (b"", b"SPT1", b"SPT1\x01\x00\x08\x00"):
+        with pytest.raises(TokenFileError):
+            from_bytes(start + data)
+
+
+def test_claims_are_bounded():
+    """A few bytes that promise a year of sound are refused before anything is unpacked."""
+    for flags in (0, 1):
+        head = files._HEADER.pack(b"SPT1", 1, flags, 8, 256, 16000, 320, 2**40, 2**48, 0, 0)
+        data = head + struct.pack("<Q", 5) + b"12345"
+        with pytest.raises(TokenFileError, match="cannot be"):
+            from_bytes(data + struct.pack("<I", zlib.crc32(data)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: b"RIFF" + d[4:], "not a speechlab token file"),
+        (lambda d: d[:3], "too short"),
+        (lambda d: d[:4] + b"\x02" + d[5:], "version 2"),
+        (lambda d: d[:-20], "truncated"),
+        (lambda d: d[:70] + bytes([d[70] ^ 1]) + d[71:], "checksum"),
+    ],
+)
+def test_damage_is_named(originals, tmp_path, change, words):
+    path = tmp_path / "a.spt"
+    path.write_bytes(change(originals[1]))
+    with pytest.raises(TokenFileError, match=words) as error:
+        files.read_tokens(path)
+    assert "a.spt" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"codes": torch.zeros(8, 3)}, "codes is torch.float32"),
+        ({"codes": torch.full((8, 3), 256)}, "codes must lie"),
+        ({"codes": torch.zeros(3, dtype=torch.long)}, "codes is"),
+        ({"codebook_size": 1}, "codebook_size is 1"),
+        ({"samples": 5000}, "do not make 3 frames"),
+        ({"hop_length": 0}, "hop_length 0"),
+    ],
+)
+def test_bad_token_files(settings, words):
+    good = {"codes": torch.zeros(8, 3, dtype=torch.long), "codebook_size": 256}
+    good |= {"sample_rate": 16000, "hop_length": 320, "samples": 900}
+    with pytest.raises(ValueError, match=words):
+        TokenFile(**(good | settings))
+
+
+# Sound
+
+
+def test_wave_to_file_and_back(tokenizer, corpus, tmp_path):
+    wav = corpus[0].wav
+    file = files.encode_wav(tokenizer, wav, model="here")
+    path = files.write_tokens(tmp_path / "deep" / "a.spt", file, entropy=True)
+    again = files.read_tokens(path)
+    rebuilt = files.decode_tokens(tokenizer, again)
+    torch.testing.assert_close(rebuilt, tokenizer.decode(tokenizer.encode(wav), wav.shape[-1]))
+    two = files.decode_tokens(tokenizer, again, 2)
+    wanted = tokenizer.decode(tokenizer.encode(wav, 2), wav.shape[-1])
+    torch.testing.assert_close(two, wanted)
+    assert list(path.parent.iterdir()) == [path]  # no draft stays
+    with pytest.raises(ValueError, match="2 signals"):
+        files.encode_wav(tokenizer, wav.repeat(2, 1, 1))
+
+
+def test_codes_of_another_tokenizer_are_refused(tokenizer, corpus):
+    file = files.encode_wav(tokenizer, corpus[0].wav, model="ours")
+    with pytest.raises(TokenFileError, match="another tokeniser 'ours'"):
+        files.decode_tokens(SpeechTokenizer.from_pretrained("encodec-small"), file)
+    assert files.fingerprint(tokenizer) == files.fingerprint(
+        SpeechTokenizer.from_pretrained("speechtokenizer-small")
+    )
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100])
+def test_blocks_are_the_whole(tmp_path, corpus, rate):
+    wav = torch.cat([corpus[i].wav for i in range(5)], dim=-1)
+    path = save_wav(tmp_path / "a.flac", resample(wav, 16000, rate), rate)
+    whole, _ = load_wav(path, 16000, resample_to_rate=True)
+    for seconds in (0.7, 3.0, 100.0):
+        blocks = list(files.read_blocks(path, 16000, seconds))
+        found = torch.cat(blocks, dim=-1)
+        assert found.shape == whole.shape
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+        assert len(blocks) > 1 or seconds == 100
+
+
+def test_stereo_blocks_are_averaged(tmp_path):
+    import soundfile
+
+    left, right = (0.1 * np.random.default_rng(i).normal(size=4000) for i in range(2))
+    soundfile.write(tmp_path / "s.wav", np.stack([left, right], 1), 16000, subtype="FLOAT")
+    (found,) = files.read_blocks(tmp_path / "s.wav", 16000)
+    np.testing.assert_allclose(found[0, 0], (left + right) / 2, atol=1e-6)
+
+
+def test_bad_recordings(tmp_path, tokenizer):
+    (tmp_path / "a.wav").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not readable"):
+        files.encode_file(tokenizer, tmp_path / "a.wav")
+    import soundfile
+
+    soundfile.write(tmp_path / "e.wav", np.zeros(0), 16000)
+    with pytest.raises(ValueError, match="0 of 0"):
+        files.encode_file(tokenizer, tmp_path / "e.wav")
+    soundfile.write(tmp_path / "n.wav", np.full(4000, np.nan), 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match="NaN"):
+        files.encode_file(tokenizer, tmp_path / "n.wav")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, corpus, monkeypatch):
+    file = files.encode_wav(tokenizer, corpus[0].wav)
+
+    def broken(*arguments):
+        raise RuntimeError("stop")
+        yield
+
+    monkeypatch.setattr(files, "decode_pieces", broken)
+    with pytest.raises(RuntimeError, match="stop"):
+        files.decode_file(tokenizer, file, tmp_path / "out.wav")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_resume_and_report(tmp_path, corpus):
+    for u in corpus[:4]:
+        save_wav(tmp_path / "in" / u.speaker / f"{u.id}.flac", u.wav, 16000)
+    (tmp_path / "in" / "bad.wav").write_bytes(b"RIFF")
+    name, out = "speechtokenizer-small", tmp_path / "out"
+    report = files.encode_folder(name, tmp_path / "in", out, workers=2)
+    assert (report.done, report.skipped, len(report.failed)) == (4, 0, 1)
+    assert "bad.wav" in next(iter(report.failed))
+    made = sorted(out.rglob("*.spt"))
+    assert made[0].name.endswith(".flac.spt")
+    made[0].write_bytes(made[0].read_bytes()[:-1])  # damaged: made again
+    report = files.encode_folder(name, tmp_path / "in", out)
+    assert (report.done, report.skipped) == (1, 3)
+    report = files.encode_folder(name, tmp_path / "in", out, n_q=2)  # other settings: made again
+    assert (report.done, report.skipped) == (4, 0)
+    back = files.decode_folder(name, out, tmp_path / "back", workers=2)
+    assert back.done == 4
+    _, rate = load_wav(sorted((tmp_path / "back").rglob("*.wav"))[0])
+    assert rate == 16000
+    other = files.decode_folder("encodec-small", out, tmp_path / "other")
+    assert len(other.failed) == 4
+    with pytest.raises(TokenFileError, match=r"no \.spt files"):
+        files.decode_folder(name, tmp_path / "in", tmp_path / "x")
+    with pytest.raises(ValueError, match="no audio files"):
+        files.encode_folder(name, out, tmp_path / "x")
+
+
+def test_shards(tmp_path, tokenizer, corpus):
+    part = corpus[:5]
+    shards = files.write_shards(tokenizer, part, tmp_path, rows=2, n_q=3, model="small")
+    assert len(shards) == 3
+    rows = files.read_shards(tmp_path)
+    assert rows["id"][:] == [e.id for e in part.entries]
+    for row, u in zip(rows, part):
+        assert torch.equal(files.shard_codes(row), tokenizer.encode(u.wav, 3)[0])
+        assert (row["speaker"], row["text"], row["samples"]) == (u.speaker, u.text, u.entry.samples)
+    times = [p.stat().st_mtime_ns for p in shards]
+    shards[1].unlink()
+    files.write_shards(tokenizer, part, tmp_path, rows=2, n_q=3)
+    assert [p.stat().st_mtime_ns == t for p, t in zip(shards, times)] == [True, False, True]
+    files.write_shards(tokenizer, part, tmp_path, rows=2, n_q=2)  # other settings: made again
+    assert {row["n_q"] for row in files.read_shards(tmp_path)} == {2}
+    with pytest.raises(TokenFileError, match="no tokens"):
+        files.read_shards(tmp_path / "nothing")
