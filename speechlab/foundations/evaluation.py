@@ -326,7 +326,7 @@ def code_quality(
         flat = np.random.default_rng(0).permutation(flat)
     return token_quality(np.concatenate(codes), flat)
 
-# %% ../../nbs/foundations/06_evaluation.ipynb #1f104a57
+# %% ../../nbs/foundations/06_evaluation.ipynb #66a6c67f
 class Measure(NamedTuple):
     "A comparison of two waves of one length."
 
@@ -359,7 +359,7 @@ class Report(NamedTuple):
     "What `evaluate` found: estimates, and the values of each utterance for paired comparisons."
 
     estimates: dict[str, Estimate]
-    values: dict[str, list[float]]  # one per utterance; errors for error rates
+    values: dict[str, list[float]]  # one per utterance, NaN where there is none; errors for rates
     weights: dict[str, list[float] | None]  # words or characters per utterance
 
 
@@ -379,8 +379,8 @@ def evaluate(
     values: dict[str, list[float]] = {}
     weights: dict[str, list[float] | None] = {}
 
-    def add(name: str, value: float, weight: float | None = None) -> None:
-        values.setdefault(name, []).append(value)
+    def add(name: str, value: float | None, weight: float | None = None) -> None:
+        values.setdefault(name, []).append(float("nan") if value is None else value)
         if weight is not None:
             weights.setdefault(name, []).append(weight)
 
@@ -393,14 +393,16 @@ def evaluate(
                 add(name, *error_counts(wanted, heard, per))
         if encoder is not None:
             other = copy if process else _another(corpus, index)
-            if other is not None:
-                add("similarity", speaker_similarity(encoder, wav, other))
+            add("similarity", None if other is None else speaker_similarity(encoder, wav, other))
         for name in measures if process else ():
-            value = MEASURES[name].function(wav, copy, corpus.sample_rate)
-            if np.isfinite(value):  # no pitch where nothing is voiced
-                add(name, value)
+            add(name, MEASURES[name].function(wav, copy, corpus.sample_rate))
     weights = {name: weights.get(name) for name in values}
-    estimates = {name: bootstrap(values[name], weights[name]) for name in values}
+    estimates = {}
+    for name, found in values.items():
+        there = np.isfinite(found)  # no pitch where nothing is voiced
+        if there.any():
+            share = None if weights[name] is None else np.array(weights[name])[there]
+            estimates[name] = bootstrap(np.array(found)[there], share)
     return Report(estimates, values, weights)
 
 
