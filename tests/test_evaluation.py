@@ -32,7 +32,7 @@ from speechlab.foundations.evaluation import (
     stoi,
     token_quality,
 )
-from speechlab.foundations.judges import Recognizer, SpeakerEncoder
+from speechlab.foundations.judges import Recognizer, SpeakerEncoder, SpeakerEncoderConfig
 
 
 def test_phone_frames_are_those_of_the_middle_sample(corpus):
@@ -201,6 +201,7 @@ def test_si_sdr_ends(tone):
     assert float(si_sdr(tone, tone)) > 90
     assert torch.isfinite(si_sdr(tone, torch.zeros_like(tone))).all()
     assert torch.isfinite(si_sdr(torch.zeros_like(tone), tone)).all()
+    assert float(si_sdr(tone, torch.zeros_like(tone))) == pytest.approx(-100)
     with pytest.raises(ValueError, match="rebuilt"):
         si_sdr(tone, tone[..., 1:])
 
@@ -282,6 +283,12 @@ def test_evaluate_gives_ceilings_and_measures(corpus):
     with pytest.raises(ValueError, match="measures has"):
         evaluate(part, lambda wav: wav, measures=("loudness",))
     assert {"mel distance", "MCD", "SI-SDR", "STOI", "PESQ", "F0"} == MEASURES.keys()
+    silent = evaluate(part, lambda wav: 0 * wav, None, None, ("F0",))
+    assert len(silent.values["F0"]) == len(part)  # NaN: one for each utterance, for paired use
+    assert "F0" not in silent.estimates
+    other = SpeakerEncoder(SpeakerEncoderConfig(sample_rate=24000)).eval()
+    with pytest.raises(ValueError, match="corpus has 16000 Hz, the judge hears 24000 Hz"):
+        evaluate(part, None, None, other)
 
 
 def test_error_rate_of_phones_is_the_recognisers(corpus):

@@ -250,6 +250,14 @@ def test_bad_recordings(tmp_path, tokenizer):
     soundfile.write(tmp_path / "n.wav", np.full(4000, np.nan), 16000, subtype="FLOAT")
     with pytest.raises(ValueError, match="NaN"):
         files.encode_file(tokenizer, tmp_path / "n.wav")
+    whole = save_wav(tmp_path / "w.wav", torch.zeros(1, 1, 16000), 16000).read_bytes()
+    (tmp_path / "half.wav").write_bytes(whole[:16000])
+    with pytest.raises(ValueError, match="truncated"):
+        files.encode_file(tokenizer, tmp_path / "half.wav")
+    file = files.encode_wav(tokenizer, torch.zeros(1, 1, 16000), model="é" * 200)
+    assert from_bytes(to_bytes(file)).model == "é" * 127  # 255 bytes, no half letters
+    with pytest.raises(ValueError, match="cannot write this ending"):
+        files.decode_file(tokenizer, file, tmp_path / "a.m4a")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, corpus, monkeypatch):
@@ -286,6 +294,12 @@ def test_folders_resume_and_report(tmp_path, corpus):
     assert rate == 16000
     other = files.decode_folder("encodec-small", out, tmp_path / "other")
     assert len(other.failed) == 4
+    (out / "twice").mkdir()
+    for ending in ("flac", "wav"):  # a.flac and a.wav: both are kept apart
+        (out / "twice" / f"a.{ending}.spt").write_bytes(made[1].read_bytes())
+    named = files.decode_folder(None, out / "twice", tmp_path / "named")  # the files name the model
+    assert named.done == 2
+    assert {p.name for p in (tmp_path / "named").iterdir()} == {"a.flac.wav", "a.wav.wav"}
     with pytest.raises(TokenFileError, match=r"no \.spt files"):
         files.decode_folder(name, tmp_path / "in", tmp_path / "x")
     with pytest.raises(ValueError, match="no audio files"):
@@ -305,6 +319,8 @@ def test_shards(tmp_path, tokenizer, corpus):
     shards[1].unlink()
     files.write_shards(tokenizer, part, tmp_path, rows=2, n_q=3)
     assert [p.stat().st_mtime_ns == t for p, t in zip(shards, times)] == [True, False, True]
+    assert len(files.write_shards(tokenizer, part, tmp_path, rows=5, n_q=2)) == 1
+    assert len(files.read_shards(tmp_path)) == 5  # the shards of the other run are gone
     files.write_shards(tokenizer, part, tmp_path, rows=2, n_q=2)  # other settings: made again
     assert {row["n_q"] for row in files.read_shards(tmp_path)} == {2}
     with pytest.raises(TokenFileError, match="no tokens"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from speechlab.foundations.judges import (
     WhisperRecognizer,
     change_voice,
     collapse,
+    ctc_fits,
     ctc_loss,
     ctc_symbols,
     ctc_targets,
@@ -277,3 +279,25 @@ def test_wavlm_compares(tmp_path, corpus):
     for row, wav in zip(together, waves):
         torch.testing.assert_close(row, judge.embed(wav)[0])
     torch.testing.assert_close(together.norm(dim=1), torch.ones(2))
+
+
+def test_texts_that_do_not_fit_are_left_out(corpus):
+    known, part = ctc_targets(corpus, "characters")
+    frames = {e.id: 500 for e in part.entries}
+    assert len(ctc_fits(known, frames, part)) == len(part)
+    first = part.entries[0].id
+    repeats = sum(a == b for a, b in pairwise(known[first]))
+    frames[first] = len(known[first]) + repeats
+    assert len(ctc_fits(known, frames, part)) == len(part)
+    frames[first] -= 1
+    with pytest.warns(UserWarning, match="1 of"):
+        assert len(ctc_fits(known, frames, part)) == len(part) - 1
+    with pytest.raises(ValueError, match="cannot spell"):
+        ctc_fits(known, dict.fromkeys(frames, 1), part)
+
+
+def test_changed_voices_stay_in_range():
+    """The resampling filter overshoots full scale, which log_mel would refuse."""
+    loud = torch.sign(torch.sin(torch.arange(16000) / 9)).view(1, 1, -1) * 0.99
+    wav, _ = change_voice(loud, torch.tensor([16000]), 16000, 1.15)
+    assert wav.abs().max() <= 1

@@ -232,11 +232,15 @@ def test_bench_is_resumed_and_tabulated(tmp_path, units, ours, corpus, monkeypat
     result = bench.bench_tokens(codecs, *arguments, 2, quick, tmp_path)
     names = [(row["codec"], row["levels"], row["seed"]) for row in result["rows"]]
     wanted = [("ours", "RVQ-1", 0), ("ours", "RVQ-1:8", 0)]
-    wanted += [("ours", "RVQ-1", 1), ("ours", "RVQ-1:8", 1)]
+    wanted += [("ours", "RVQ-1", 1)]  # of one model, the resynthesis is measured once
     assert names == [*wanted, ("units", "RVQ-1", 0), ("units", "RVQ-1", 1)]
     assert "information" in result["rows"][0]
     assert "information" not in result["rows"][1]
-    assert "WER resynthesis" not in result["rows"][4]
+    assert "WER resynthesis" in result["rows"][1]
+    assert "WER resynthesis" not in result["rows"][2]
+    assert "WER resynthesis" not in result["rows"][3]
+    with pytest.raises(ValueError, match="2 models for 3 seeds"):
+        bench.bench_tokens({"ours": [ours, ours]}, *arguments, 3, quick)
     monkeypatch.setattr(bench, "_one_row", None)  # nothing may be computed again
     again = bench.bench_tokens(codecs, *arguments, 2, quick, tmp_path)
     assert again["rows"] == result["rows"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_training import run_processes
 
 from speechlab.foundations.audio import AudioError
-from speechlab.foundations.evaluation import PhoneRecognizer, RecognizerConfig
+from speechlab.foundations.judges import Recognizer, RecognizerConfig
 from speechlab.foundations.training import NonFiniteLoss, last_checkpoint, publish
 from speechlab.tokenizer.discriminators import DiscriminatorsConfig
 from speechlab.tokenizer.losses import LossWeights
@@ -133,6 +133,23 @@ def test_save_and_load(name, tmp_path):
     assert next(tokenizer.parameters()).dtype == torch.float32  # publishing leaves it as it was
     with pytest.raises(FileNotFoundError, match="no-such-model"):
         SpeechTokenizer.from_pretrained("no-such-model")
+
+
+@each
+def test_later_levels_alone(name):
+    """The official code's `st`: decode(codes[:, k:], first_level=k) leaves out those before."""
+    tokenizer, wav = model(name), noise(6400)
+    codes = tokenizer.encode(wav)
+    with torch.no_grad():
+        z = tokenizer.quantizer.codes_to_vectors(codes)[:, 1:].sum(dim=1)
+        wanted = tokenizer.decoder(z).clamp(-1, 1)
+    torch.testing.assert_close(tokenizer.decode(codes[:, 1:], first_level=1), wanted)
+    assert not torch.allclose(tokenizer.decode(codes), wanted)
+    for level in (-1, 3):
+        with pytest.raises(ValueError, match=f"first_level is {level}"):
+            tokenizer.decode(codes[:, :1], first_level=level)
+    with pytest.raises(ValueError, match="codes has 4 levels"):
+        tokenizer.decode(codes, first_level=1)
 
 
 def test_named_configs():
@@ -264,7 +281,7 @@ def test_report_and_card(corpus):
     from speechlab.foundations.evaluation import phone_symbols
 
     tokenizer = model("frames")
-    recognizer = PhoneRecognizer(RecognizerConfig(("a", "b"), width=8)).eval()
+    recognizer = Recognizer(RecognizerConfig(("a", "b"), width=8)).eval()
     report = tokenizer_report(
         tokenizer, corpus[:3], phone_symbols(corpus), recognizer, levels=(1, 3, 8)
     )

@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'Estimate', 'bootstrap', 'over_seeds', 'paired_difference
            'phone_symbols', 'phone_frames', 'TokenQuality', 'token_quality', 'code_quality', 'Measure',
            'speaker_similarity', 'Report', 'evaluate', 'speaker_ceiling']
 
-# %% ../../nbs/foundations/06_evaluation.ipynb #fe817040
+# %% ../../nbs/foundations/06_evaluation.ipynb #8ee66a5c
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,12 @@ from torch import Tensor
 
 from .audio import check_wav, log_mel
 from .corpus import Corpus, Entry
-from .judges import Recognizer, equal_error_rate, speaker_pairs
+from speechlab.foundations.judges import (
+    Recognizer,
+    check_rates,
+    equal_error_rate,
+    speaker_pairs,
+)
 from .phonemes import PAUSE
 
 # %% ../../nbs/foundations/06_evaluation.ipynb #711d69c2
@@ -84,7 +89,7 @@ def paired_difference(
     "`values - others`; the interval is narrow where both systems find the same utterances hard."
     return bootstrap(np.asarray(values, float) - np.asarray(others, float), weights)
 
-# %% ../../nbs/foundations/06_evaluation.ipynb #09e39891
+# %% ../../nbs/foundations/06_evaluation.ipynb #43035dfd
 def error_counts(
     wanted: str,
     heard: str,
@@ -109,6 +114,7 @@ def error_rate(
     per: str = "word",  # or "character"
 ) -> Estimate:  # errors per unit; can exceed 1
     "How often the recogniser misreads (processed) utterances. Without `process`: its ceiling."
+    check_rates(corpus, recognizer)
     counts = []
     for utterance in corpus:
         wav = utterance.wav if process is None else process(utterance.wav)
@@ -129,14 +135,14 @@ def mel_distance(
     one, two = (log_mel(w.detach(), sample_rate, floor=1e-2) for w in (wav, rebuilt))
     return float((one - two).abs().mean())
 
-# %% ../../nbs/foundations/06_evaluation.ipynb #ff0d5e08
+# %% ../../nbs/foundations/06_evaluation.ipynb #8a5e7a8e
 def mel_cepstra(
     wav: Tensor,  # (1, 1, T)
     sample_rate: int = 16000,  # Hz
     count: int = 13,
 ) -> np.ndarray:  # (frames, count)
     "Mel cepstra 1 to `count` of the natural-log mel (80 bands, floor 1e-3)."
-    mel = log_mel(wav, sample_rate, floor=1e-3)[0].T.double().numpy() * np.log(10)
+    mel = log_mel(wav, sample_rate, floor=1e-3)[0].T.double().cpu().numpy() * np.log(10)
     return scipy.fft.dct(mel, norm="ortho", axis=-1)[:, 1 : count + 1]
 
 
@@ -161,7 +167,7 @@ def mel_cepstral_distortion(
 def si_sdr(
     wav: Tensor,  # (..., T)
     rebuilt: Tensor,  # (..., T)
-) -> Tensor:  # (...), dB; at most about 100
+) -> Tensor:  # (...), dB, between -100 and 100; silence gets -100
     "Scale-invariant signal-to-distortion ratio (Le Roux et al., 2019); means are removed."
     if wav.shape != rebuilt.shape:
         raise ValueError(f"wav has shape {tuple(wav.shape)}, rebuilt {tuple(rebuilt.shape)}")
@@ -169,7 +175,8 @@ def si_sdr(
     energy = x.square().sum(dim=-1, keepdim=True)
     target = (x * y).sum(dim=-1, keepdim=True) / energy.clamp(min=1e-12) * x
     kept, lost = target.square().sum(dim=-1), (target - y).square().sum(dim=-1)
-    return 10 * torch.log10((kept + 1e-12) / (lost + 1e-10 * kept + 1e-12))
+    ratio = kept / (lost + 1e-10 * kept).clamp(min=1e-30)
+    return 10 * torch.log10(ratio.clamp(min=1e-10))
 
 # %% ../../nbs/foundations/06_evaluation.ipynb #0a14eb1f
 def _same_length(wav: Tensor, rebuilt: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -326,7 +333,7 @@ def code_quality(
         flat = np.random.default_rng(0).permutation(flat)
     return token_quality(np.concatenate(codes), flat)
 
-# %% ../../nbs/foundations/06_evaluation.ipynb #66a6c67f
+# %% ../../nbs/foundations/06_evaluation.ipynb #dae9eca2
 class Measure(NamedTuple):
     "A comparison of two waves of one length."
 
@@ -374,6 +381,7 @@ def evaluate(
     "Run a process over a corpus and measure what it did to words, voices and signals."
     if unknown := set(measures) - MEASURES.keys():
         raise ValueError(f"measures has {sorted(unknown)}; known are {sorted(MEASURES)}")
+    check_rates(corpus, recognizer, encoder)
     phones = isinstance(recognizer, Recognizer) and recognizer.config.units == "phones"
     rates = {"PER": "word"} if phones else {"WER": "word", "CER": "character"}
     values: dict[str, list[float]] = {}

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['CHARACTERS', 'normalise_text', 'spoken', 'joined', 'RecognizerConfig', 'Recognizer', 'collapse', 'ctc_targets',
-           'ctc_symbols', 'ctc_loss', 'change_voice', 'train_recognizer', 'SpeakerEncoderConfig', 'SpeakerEncoder',
-           'voice_loss', 'train_speaker_encoder', 'equal_error_rate', 'speaker_pairs', 'WhisperRecognizer',
-           'WavLMSpeaker', 'load_recognizer', 'load_speaker_encoder']
+           'ctc_fits', 'ctc_symbols', 'ctc_loss', 'change_voice', 'train_recognizer', 'SpeakerEncoderConfig',
+           'SpeakerEncoder', 'voice_loss', 'train_speaker_encoder', 'equal_error_rate', 'check_rates', 'speaker_pairs',
+           'WhisperRecognizer', 'WavLMSpeaker', 'load_recognizer', 'load_speaker_encoder']
 
-# %% ../../nbs/foundations/05_judges.ipynb #f624443e
+# %% ../../nbs/foundations/05_judges.ipynb #a7196485
 import os
 import string
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ def joined(symbols: Sequence[str], units: str = "phones") -> str:
     "Symbols as one string: phones with spaces between them, characters as they are."
     return " ".join("".join(symbols).split() if units == "characters" else symbols)
 
-# %% ../../nbs/foundations/05_judges.ipynb #cbdef1c3
+# %% ../../nbs/foundations/05_judges.ipynb #9d54d1ee
 @dataclass(frozen=True)
 class RecognizerConfig:
     "Size and symbols of `Recognizer`."
@@ -139,7 +141,7 @@ class Recognizer(nn.Module, ShippedModel):
         "The most likely symbol of each frame, repeats merged, blanks removed."
         check_wav(wav, min_samples=513)  # half a window of the mel
         if lengths is None:
-            lengths = torch.full((len(wav),), wav.shape[-1])
+            lengths = torch.full((len(wav),), wav.shape[-1], device=wav.device)
         rows = collapse(self(wav, lengths), self.frames(lengths))
         symbols = self.config.symbols
         return [joined([symbols[i - 1] for i in row], self.config.units) for row in rows]
@@ -158,7 +160,7 @@ def collapse(
     rows = [row[:n].unique_consecutive().tolist() for row, n in zip(best, frames)]
     return [[i for i in row if i] for row in rows]
 
-# %% ../../nbs/foundations/05_judges.ipynb #e7ad4116
+# %% ../../nbs/foundations/05_judges.ipynb #157481f1
 def ctc_targets(
     corpus: Corpus,
     units: str = "phones",  # or "characters"
@@ -168,6 +170,27 @@ def ctc_targets(
     known = {e.id: spoken(e, units) for e in corpus.split("train").entries}
     part = corpus.split("train").filter(lambda entry: len(known[entry.id]) > 0)
     return {e.id: [number[s] for s in known[e.id]] for e in part.entries}, part
+
+
+def ctc_fits(
+    targets: dict[str, list[int]],  # from ctc_targets
+    frames: dict[str, int],  # of each utterance
+    corpus: Corpus,
+) -> Corpus:
+    "The utterances whose text CTC can spell: a frame per symbol, and a blank between equal ones."
+
+    def least(text: list[int]) -> int:
+        return len(text) + sum(a == b for a, b in pairwise(text))
+
+    part = corpus.filter(lambda entry: least(targets[entry.id]) <= frames[entry.id])
+    if not len(part):
+        raise ValueError(
+            f"{corpus.name}: every text is longer than its frames; CTC cannot spell it"
+        )
+    if len(part) < len(corpus):
+        lost = len(corpus) - len(part)
+        warnings.warn(f"{lost} of {len(corpus)} texts do not fit into their frames", stacklevel=2)
+    return part
 
 
 def ctc_symbols(corpus: Corpus, units: str = "phones") -> tuple[str, ...]:
@@ -185,7 +208,7 @@ def ctc_loss(
     flat = torch.tensor([number for row in targets for number in row], device=scores.device)
     return F.ctc_loss(scores.transpose(0, 1), flat, frames.cpu(), sizes)
 
-# %% ../../nbs/foundations/05_judges.ipynb #44342ac6
+# %% ../../nbs/foundations/05_judges.ipynb #64d5906e
 def change_voice(
     wav: Tensor,  # (B, 1, T)
     lengths: Tensor,  # (B,) valid samples
@@ -196,9 +219,9 @@ def change_voice(
     if speed == 1:
         return wav, lengths
     wav, lengths = torchaudio.functional.speed(wav, sample_rate, speed, lengths)
-    return wav, lengths.long()
+    return wav.clamp(-1, 1), lengths.long()  # the filter overshoots
 
-# %% ../../nbs/foundations/05_judges.ipynb #f9dafc71
+# %% ../../nbs/foundations/05_judges.ipynb #24aa3bb1
 @dataclass
 class _RecognizerLoss:
     "CTC loss of a batch at a random speed; knows the symbols of each utterance by its id."
@@ -231,6 +254,8 @@ def train_recognizer(
     symbols = ctc_symbols(corpus, units)
     model = Recognizer(RecognizerConfig(symbols, corpus.sample_rate, units=units, **settings))
     known, part = ctc_targets(corpus, units)
+    fastest = model.hop_length * max(speeds)
+    part = ctc_fits(known, {e.id: int(e.samples / fastest) for e in part.entries}, part)
     trainer = Trainer(
         model,
         torch.optim.AdamW(model.parameters(), lr=learning_rate),
@@ -305,7 +330,7 @@ class SpeakerEncoder(nn.Module, ShippedModel):
         check_wav(wav, min_samples=513)  # half a window of the mel
         return self(wav, lengths)
 
-# %% ../../nbs/foundations/05_judges.ipynb #6b099ee0
+# %% ../../nbs/foundations/05_judges.ipynb #1130d731
 class _VoiceLoss(nn.Module):
     "Cosine softmax with a margin over voices, at a random speed and with a little noise."
 
@@ -319,7 +344,7 @@ class _VoiceLoss(nn.Module):
         choice = int(torch.randint(len(self.speeds), ()))  # the same for the batch
         wav, lengths = change_voice(wav, lengths, self.encoder.sample_rate, self.speeds[choice])
         noise = torch.rand(len(wav), 1, 1, device=wav.device).square() * 0.02
-        wav = wav + noise * torch.randn_like(wav)
+        wav = (wav + noise * torch.randn_like(wav)).clamp(-1, 1)
         labels = [self.number[name] + choice * len(self.number) for name in speakers]
         return voice_loss(self.encoder(wav, lengths), self.voices, torch.tensor(labels))
 
@@ -355,6 +380,7 @@ def train_speaker_encoder(
     if len(part.speakers) < 2:
         raise ValueError(f"{corpus.name} has one speaker; telling voices apart needs two or more")
     torch.manual_seed(seed)
+    config = replace(config, sample_rate=corpus.sample_rate)
     model = _VoiceLoss(SpeakerEncoder(config), part.speakers, speeds)
 
     def loss(model, batch):
@@ -373,7 +399,7 @@ def train_speaker_encoder(
     history = trainer.fit()
     return trainer.raw().encoder.cpu().eval(), history
 
-# %% ../../nbs/foundations/05_judges.ipynb #b6357d0d
+# %% ../../nbs/foundations/05_judges.ipynb #d054342f
 def equal_error_rate(
     same: np.ndarray,  # similarities of pairs with one voice
     different: np.ndarray,  # similarities of pairs with two voices
@@ -389,6 +415,15 @@ def equal_error_rate(
     return float((refused[place] + accepted[place]) / 2), float(cuts[place])
 
 
+def check_rates(corpus: Corpus, *judges) -> None:
+    "Raise unless the corpus has the sample rate of every judge (None is no judge)."
+    for judge in judges:
+        if judge is not None and judge.sample_rate != corpus.sample_rate:
+            raise ValueError(
+                f"corpus has {corpus.sample_rate} Hz, the judge hears {judge.sample_rate} Hz"
+            )
+
+
 @torch.no_grad()
 def speaker_pairs(
     encoder,  # a SpeakerEncoder or WavLMSpeaker
@@ -396,6 +431,7 @@ def speaker_pairs(
     most: int = 200,  # utterances, evenly over the corpus
 ) -> tuple[np.ndarray, np.ndarray]:  # similarities of same-voice and of different-voice pairs
     "Cosines of all pairs of utterances, by whether the speaker is the same."
+    check_rates(corpus, encoder)
     picked = np.unique(np.linspace(0, len(corpus) - 1, min(most, len(corpus))).astype(int))
     vectors = torch.cat([encoder.embed(corpus[int(i)].wav) for i in picked])
     names = np.array([corpus.entries[int(i)].speaker for i in picked])

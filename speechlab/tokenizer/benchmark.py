@@ -8,10 +8,11 @@ __all__ = ['Levels', 'COLUMNS', 'Codec', 'TokenizerCodec', 'UnitsCodec', 'Transf
            'pair_likelihoods', 'mutual_information', 'text_alignment', 'preservation', 'bench_tokens', 'summarise',
            'benchmark_table', 'plot_benchmark']
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #6f133427
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #e17a9809
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..foundations.corpus import BucketBatches, Corpus
 from ..foundations.evaluation import Estimate, bootstrap, error_counts, evaluate, over_seeds
 from speechlab.foundations.judges import (
     collapse,
+    ctc_fits,
     ctc_loss,
     ctc_symbols,
     ctc_targets,
@@ -38,7 +40,7 @@ from ..foundations.training import TrainConfig, Trainer, cosine
 from .speech_tokenizer import SpeechTokenizer
 from .teachers import Teacher, Units
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #3e380c58
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #2fd44d9d
 class Codec(Protocol):
     "What the benchmark needs. `decode` may raise `NotImplementedError`: then only text is asked."
 
@@ -68,10 +70,14 @@ class TokenizerCodec:
         self.n_q, self.codebook_size = config.rvq.n_q, config.rvq.codebook_size
 
     def encode(self, wav: Tensor) -> Tensor:
-        return self.tokenizer.encode(wav)
+        return self.tokenizer.encode(wav.to(self._device())).cpu()
 
     def decode(self, codes: Tensor, length: int, first_level: int = 0) -> Tensor:
-        return self.tokenizer.decode(codes, length, first_level=first_level)
+        wav = self.tokenizer.decode(codes.to(self._device()), length, first_level=first_level)
+        return wav.cpu()
+
+    def _device(self) -> torch.device:
+        return next(self.tokenizer.parameters()).device
 
     def vectors(self) -> list[Tensor]:
         return [level.embed.detach() for level in self.tokenizer.quantizer.levels]
@@ -242,7 +248,7 @@ def level_name(levels: Levels) -> str:
     first, last = levels
     return f"RVQ-{first + 1}" + (f":{last}" if last > first + 1 else "")
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #cac9aa00
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #f8768ca7
 def encode_corpus(codec: Codec, corpus: Corpus) -> dict[str, Tensor]:
     "The codes (n_q, frames) of every utterance by its id, int16."
     found = {}
@@ -263,9 +269,10 @@ def _tables(
         return [torch.randn(codec.codebook_size, 64) for _ in chosen]
     sums = torch.zeros(len(chosen), codec.codebook_size, 80)
     counts = torch.zeros(len(chosen), codec.codebook_size, 1)
-    hop = codec.hop_length * corpus.sample_rate // codec.sample_rate
+    rate, hop = codec.sample_rate, codec.hop_length
     for utterance in corpus.split("train"):
-        mel = log_mel(utterance.wav, corpus.sample_rate, hop_length=hop, floor=1e-2)[0].T
+        wav = resample(utterance.wav, corpus.sample_rate, rate)
+        mel = log_mel(wav, rate, hop_length=hop, floor=1e-2)[0].T
         codes = tokens[utterance.id][levels[0] : levels[1], : len(mel)].long()
         for row, code in enumerate(codes):
             sums[row].index_add_(0, code, mel[: len(code)])
@@ -321,6 +328,7 @@ def train_reader(
         symbols = len(ctc_symbols(corpus, config.units))
         model = TokenReader(tables, symbols, config.width, config.layers)
     known, part = ctc_targets(corpus, config.units)
+    part = ctc_fits(known, {e.id: tokens[e.id].shape[1] for e in part.entries}, part)
     batches = _CodeBatches(part, config.batch_size, config.seed)
     batches.tokens, batches.levels = tokens, levels
 
@@ -430,7 +438,7 @@ def preservation(
         return {}
     return {name: estimate.value for name, estimate in found.estimates.items()}
 
-# %% ../../nbs/tokenizer/08_benchmark.ipynb #c1e6a45d
+# %% ../../nbs/tokenizer/08_benchmark.ipynb #fe42c00f
 def bench_tokens(
     codecs: dict[str, Sequence[Codec]],  # name -> models trained alike with different seeds
     corpus: Corpus,  # train: readers; test: everything else
@@ -453,37 +461,49 @@ def bench_tokens(
     if store and store.exists():
         for line in store.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            done[row["codec"], row["levels"], row["seed"], row["reader"]] = row
-    judges = [type(judge).__name__ for judge in (recognizer, encoder)]
+            done[row["codec"], row["levels"], row["seed"], row["key"]] = row
+    about = [settings["corpus"], [(e.id, e.samples) for e in corpus.entries]]
+    about += [_mark(judge) for judge in (recognizer, encoder)]
     rows = []
     for name, models in codecs.items():
+        if len(models) not in (1, seeds):
+            raise ValueError(f"{name} has {len(models)} models for {seeds} seeds; one, or one each")
         for seed in range(seeds):
             codec, tokens = models[seed % len(models)], None
+            heard = seed < len(models)  # the resynthesis of one model is the same for every seed
+            mark = codec.encode(resample(test[0].wav, corpus.sample_rate, codec.sample_rate))
             for part in levels:
-                if part[1] > codec.n_q:
-                    continue
                 alone = replace(config, seed=seed) if part in read else None
-                key = json.dumps([settings["corpus"], judges, codec.name, alone and asdict(alone)])
+                if part[1] > codec.n_q or not (alone or heard):
+                    continue
+                key = [*about, codec.name, mark.flatten().tolist(), alone and asdict(alone), heard]
+                key = zlib.crc32(json.dumps(key).encode())
                 row = done.get((name, level_name(part), seed, key))
                 if row is None:
                     tokens = tokens or encode_corpus(codec, corpus)
-                    row = {"codec": name, "levels": level_name(part), "seed": seed, "reader": key}
-                    row |= _one_row(
-                        codec, tokens, corpus, test, part, symbols,
-                        alone, recognizer, encoder,
-                    )  # fmt: skip
+                    row = {"codec": name, "levels": level_name(part), "seed": seed, "key": key}
+                    judges = (recognizer, encoder) if heard else None
+                    row |= _one_row(codec, tokens, corpus, test, part, symbols, alone, judges)
                     if store:
                         store.parent.mkdir(parents=True, exist_ok=True)
                         with open(store, "a", encoding="utf-8") as file:
                             file.write(json.dumps(row) + "\n")
-                rows.append({k: v for k, v in row.items() if k != "reader"})
+                rows.append({k: v for k, v in row.items() if k != "key"})
     top = evaluate(test, None, recognizer, encoder).estimates
     ceilings = {name: list(estimate) for name, estimate in top.items()}
     return settings | {"ceilings": ceilings, "rows": rows}
 
 
+def _mark(model) -> int:
+    "A checksum of a judge's weights; 0 for something without."
+    found = 0
+    for value in model.state_dict().values() if isinstance(model, nn.Module) else ():
+        found = zlib.crc32(value.detach().float().cpu().numpy().tobytes(), found)
+    return found
+
+
 def _one_row(
-    codec, tokens, corpus, test, levels, symbols, config, recognizer, encoder
+    codec, tokens, corpus, test, levels, symbols, config, judges
 ) -> dict[str, float]:
     "Train a reader, if it has a config, and ask everything of one combination."
     row = {}
@@ -494,7 +514,7 @@ def _one_row(
             "information": found.information, "per symbol": found.per_symbol,
             "WER downstream": found.wer.value, "CER downstream": found.cer.value,
         }  # fmt: skip
-    kept = preservation(codec, tokens, test, levels, recognizer, encoder)
+    kept = preservation(codec, tokens, test, levels, *judges) if judges else {}
     names = {"similarity": "similarity"}
     row |= {names.get(k, f"{k} resynthesis"): v for k, v in kept.items()}
     return {k: round(v, 5) for k, v in row.items()}

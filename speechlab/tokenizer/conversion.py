@@ -76,7 +76,7 @@ def convert(
     codes = [tokenizer.encode(wav) for wav in (source, reference)]
     return tokenizer.decode(convert_codes(tokenizer, *codes, levels, align), source.shape[-1])
 
-# %% ../../nbs/tokenizer/09_conversion.ipynb #e59f2860
+# %% ../../nbs/tokenizer/09_conversion.ipynb #3e967a56
 class Separation(NamedTuple):
     "How well labels can be told from vectors."
 
@@ -123,9 +123,10 @@ def level_vectors(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # vectors (N, D), labels (N,), utterances (N,)
     "Mean code vectors: of utterances with their speakers, or of phones with their symbols."
     vectors, labels, groups = [], [], []
+    device = next(tokenizer.parameters()).device
     for index, utterance in enumerate(corpus):
-        codes = tokenizer.encode(utterance.wav)
-        frames = tokenizer.quantizer.codes_to_vectors(codes)[0, first:last].sum(dim=0).T
+        codes = tokenizer.encode(utterance.wav.to(device))
+        frames = tokenizer.quantizer.codes_to_vectors(codes)[0, first:last].sum(dim=0).T.cpu()
         if symbols is None:
             spans = [(frames.mean(dim=0), utterance.speaker)]
         else:

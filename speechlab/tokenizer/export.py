@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['EncoderGraph', 'DecoderGraph', 'graphs', 'export_programs', 'export_onnx', 'OnnxTokenizer']
 
-# %% ../../nbs/tokenizer/12_export.ipynb #4e69dab3
+# %% ../../nbs/tokenizer/12_export.ipynb #d1fdee47
+import copy
 import json
 import logging
 import os
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from ..foundations.audio import check_wav
 from .rvq import check_codes
 from .speech_tokenizer import SpeechTokenizer
 
-# %% ../../nbs/tokenizer/12_export.ipynb #89ff46a9
+# %% ../../nbs/tokenizer/12_export.ipynb #f64df130
 class EncoderGraph(nn.Module):
     "`wav (B, 1, T) -> codes (B, n_q, frames)` without checks, blocks or buffers: made for tracing."
 
@@ -55,8 +58,9 @@ class DecoderGraph(nn.Module):
 
 
 def graphs(tokenizer: SpeechTokenizer) -> tuple[EncoderGraph, DecoderGraph]:
-    "Both halves, folded, without gradients, in eval mode."
-    halves = EncoderGraph(tokenizer.fold()), DecoderGraph(tokenizer)
+    "Copies of both halves on the CPU, folded, without gradients, in eval mode."
+    tokenizer = copy.deepcopy(tokenizer).cpu().fold()
+    halves = EncoderGraph(tokenizer), DecoderGraph(tokenizer)
     for half in halves:
         half.eval().requires_grad_(False)
     return halves
@@ -81,14 +85,15 @@ def export_programs(
             made.append(torch.export.export(half, (example,), dynamic_shapes=shapes))
     return tuple(made)
 
-# %% ../../nbs/tokenizer/12_export.ipynb #2ddd3257
+# %% ../../nbs/tokenizer/12_export.ipynb #f3b41c87
 def export_onnx(
     tokenizer: SpeechTokenizer,
     folder: str | os.PathLike,
 ) -> Path:  # the folder, with encoder.onnx, decoder.onnx and config.json
     "Write both halves as ONNX with free batch and length, and check them in onnxruntime."
-    folder, config = Path(folder), tokenizer.config
-    folder.mkdir(parents=True, exist_ok=True)
+    target, config = Path(folder), tokenizer.config
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target))  # nothing appears before it was checked
     wav = 0.1 * torch.randn(2, 1, 50 * config.hop_length)
     halves = dict(zip(("encoder", "decoder"), graphs(tokenizer)))
     traced = config.codec.kind == "seanet"
@@ -108,8 +113,13 @@ def export_onnx(
         "whole_frames": not traced,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    _check(tokenizer, OnnxTokenizer(folder))
-    return folder
+    try:
+        _check(copy.deepcopy(tokenizer).cpu(), OnnxTokenizer(folder))
+        for path in folder.iterdir():
+            os.replace(path, target / path.name)
+    finally:
+        shutil.rmtree(folder)
+    return target
 
 
 def _trace(half: nn.Module, example: Tensor, path: Path) -> None:
@@ -121,9 +131,12 @@ def _trace(half: nn.Module, example: Tensor, path: Path) -> None:
             dynamic_axes=axes, opset_version=17,
         )  # fmt: skip
 
-
+# %% ../../nbs/tokenizer/12_export.ipynb #88d784f5
 class OnnxTokenizer:
-    "What `export_onnx` wrote, run by onnxruntime; `encode` and `decode` as `SpeechTokenizer`'s."
+    """What `export_onnx` wrote, run by onnxruntime; `encode` and `decode` as `SpeechTokenizer`'s.
+
+    The sound must be longer than one frame: a graph of free length cannot have length 1.
+    """
 
     def __init__(self, folder: str | os.PathLike, threads: int = 0):
         import onnxruntime
@@ -148,28 +161,28 @@ class OnnxTokenizer:
 
     def encode(self, wav: Tensor) -> Tensor:
         "wav (B, 1, T) to codes (B, n_q, ceil(T / hop_length))."
-        check_wav(wav)
+        check_wav(wav, min_samples=self.hop_length + 1)
         if self.whole_frames:  # the same zeros that the codec itself puts there
             wav = torch.nn.functional.pad(wav, (0, -wav.shape[-1] % self.hop_length))
-            wav = torch.nn.functional.pad(wav, (0, max(0, 2 * self.hop_length - wav.shape[-1])))
-        return self._run("encoder", wav.numpy())
+        return self._run("encoder", wav.cpu().numpy())
 
     def decode(self, codes: Tensor, length: int | None = None) -> Tensor:
         "codes (B, n_q, frames), all levels, to wav (B, 1, length)."
         check_codes(codes, self.codebook_size, self.n_q)
         if codes.shape[1] != self.n_q:
             raise ValueError(f"codes has {codes.shape[1]} levels; the graph takes all {self.n_q}")
-        return self._run("decoder", codes.numpy())[..., :length]
+        return self._run("decoder", codes.cpu().numpy())[..., :length]
 
 
 def _check(tokenizer: SpeechTokenizer, other: OnnxTokenizer) -> None:
     "Raise unless both give the same codes and waves, on lengths that were no example."
-    for samples in (37 * other.hop_length, 81 * other.hop_length + 5):
-        wav = 0.1 * torch.randn(1, 1, samples).clamp(-3, 3)
+    noise = torch.Generator().manual_seed(0)
+    for samples in (370 * other.hop_length, 811 * other.hop_length + 5):
+        wav = 0.1 * torch.randn(1, 1, samples, generator=noise).clamp(-3, 3)
         codes = tokenizer.encode(wav)
         same = float((other.encode(wav) == codes).float().mean())
         difference = float((other.decode(codes) - tokenizer.decode(codes)).abs().max())
-        if same < 0.999 or difference > 1e-3:
+        if same < 0.99 or difference > 1e-3:
             raise RuntimeError(
                 f"the ONNX graphs differ: {same:.1%} of codes, wave {difference:.1e}"
             )

@@ -8,13 +8,14 @@ __all__ = ['TokenFileError', 'bits_per_code', 'pack_codes', 'unpack_codes', 'squ
            'decode_file', 'FolderReport', 'write_tokens', 'read_tokens', 'encode_folder', 'decode_folder',
            'write_shards', 'read_shards', 'shard_codes']
 
-# %% ../../nbs/tokenizer/11_files.ipynb #65ee3a67
+# %% ../../nbs/tokenizer/11_files.ipynb #b9be4a50
 import math
 import multiprocessing
 import os
 import struct
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..foundations.audio import AudioError, check_wav, resample
+from ..foundations.audio import AudioError, check_complete, check_wav, resample
 from ..foundations.corpus import AUDIO_ENDINGS, Corpus
 from .speech_tokenizer import SpeechTokenizer
 from .streaming import decode_pieces, encode_pieces
@@ -177,7 +178,7 @@ def unsqueeze(data: bytes, n_q: int, frames: int, codebook_size: int) -> np.ndar
             codes[frame, level] = before[level] = code
     return codes.T
 
-# %% ../../nbs/tokenizer/11_files.ipynb #138289a1
+# %% ../../nbs/tokenizer/11_files.ipynb #e69037b5
 _MAGIC, _VERSION = b"SPT1", 1
 _HEADER = struct.Struct("<4sBBBxIIIQQIB")  # magic, version, flags, n_q, K, rate, hop, frames, …
 _MOST_PER_BYTE = 64  # codes per byte of an entropy-coded payload
@@ -215,7 +216,8 @@ class TokenFile:
 
 def to_bytes(file: TokenFile, entropy: bool = False) -> bytes:
     "A token file; `entropy` takes fewer bits and about 15 microseconds more per code."
-    codes, name = file.codes.cpu().numpy(), file.model.encode()[:255]
+    codes = file.codes.cpu().numpy()
+    name = file.model.encode()[:255].decode(errors="ignore").encode()  # no half letters
     payload = squeeze(codes, file.codebook_size) if entropy else b""
     entropy = entropy and codes.size <= _MOST_PER_BYTE * len(payload)
     if not entropy:
@@ -257,7 +259,7 @@ def from_bytes(data: bytes, name: str = "token file") -> TokenFile:
     except ValueError as error:
         raise TokenFileError(f"{name}: {error}") from None
 
-# %% ../../nbs/tokenizer/11_files.ipynb #4902ea3c
+# %% ../../nbs/tokenizer/11_files.ipynb #56a2dbb9
 def fingerprint(tokenizer: SpeechTokenizer) -> int:
     "A checksum of the codebooks, 32 bits."
     found = 0
@@ -265,6 +267,10 @@ def fingerprint(tokenizer: SpeechTokenizer) -> int:
         values = level.embed.detach().float().cpu().numpy()
         found = zlib.crc32(np.ascontiguousarray(values).astype("<f4").tobytes(), found)
     return found
+
+
+def _device(tokenizer: SpeechTokenizer) -> torch.device:
+    return next(tokenizer.parameters()).device
 
 
 def _token_file(tokenizer: SpeechTokenizer, codes: Tensor, samples: int, model: str) -> TokenFile:
@@ -282,7 +288,7 @@ def encode_wav(
     model: str = "",  # a name for people
 ) -> TokenFile:
     "The codes of a signal, ready to be written."
-    codes = tokenizer.encode(wav, n_q)
+    codes = tokenizer.encode(wav.to(_device(tokenizer)), n_q)
     if len(codes) != 1:
         raise ValueError(f"wav holds {len(codes)} signals; a file holds one")
     return _token_file(tokenizer, codes[0].cpu(), wav.shape[-1], model)
@@ -308,17 +314,18 @@ def decode_tokens(
 ) -> Tensor:  # (1, 1, samples)
     "The sound of a token file."
     check_owner(tokenizer, file)
-    return tokenizer.decode(file.codes[None, :n_q], file.samples)
+    return tokenizer.decode(file.codes[None, :n_q].to(_device(tokenizer)), file.samples)
 
-# %% ../../nbs/tokenizer/11_files.ipynb #8d13aede
+# %% ../../nbs/tokenizer/11_files.ipynb #a238917f
 def read_blocks(
     path: str | os.PathLike,
     sample_rate: int,  # Hz wanted; others are converted block by block
     seconds: float = 10.0,  # of a block, about
 ) -> Iterator[Tensor]:  # (1, 1, any), mono
-    "Read a recording of any length in constant memory; equal to reading it at once."
+    "Read a recording in constant memory, as `load_wav` does but for the MD5 of FLAC files."
     try:
         with soundfile.SoundFile(path) as file:
+            check_complete(path, file.format)
             found, promised, seen = file.samplerate, file.frames, 0
             group = found // math.gcd(found, sample_rate)  # so many samples become a whole number
             body = max(1, round(seconds * found / group)) * group
@@ -362,7 +369,7 @@ def encode_file(
         nonlocal samples
         for block in read_blocks(path, tokenizer.config.sample_rate):
             samples += block.shape[-1]
-            yield block
+            yield block.to(_device(tokenizer))
 
     for part in encode_pieces(tokenizer, counted(), n_q):
         codes.append(part[0].to(torch.int32).cpu())
@@ -378,12 +385,14 @@ def decode_file(
     "Write the sound of a token file, in constant memory; a crash leaves no half file."
     check_owner(tokenizer, file)
     target, left = Path(target), file.samples
+    if target.suffix.lower() not in AUDIO_ENDINGS:
+        raise AudioError(f"{target}: cannot write this ending; one of {', '.join(AUDIO_ENDINGS)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
     os.close(handle)
     try:
         with soundfile.SoundFile(draft, "w", file.sample_rate, channels=1) as out:
-            blocks = file.codes[None, :n_q].split(1000, dim=-1)
+            blocks = file.codes[None, :n_q].to(_device(tokenizer)).split(1000, dim=-1)
             for wav in decode_pieces(tokenizer, blocks):
                 out.write(wav[0, 0, :left].cpu().numpy())
                 left -= min(left, wav.shape[-1])
@@ -394,7 +403,7 @@ def decode_file(
         raise
     return target
 
-# %% ../../nbs/tokenizer/11_files.ipynb #42c6ba79
+# %% ../../nbs/tokenizer/11_files.ipynb #4ad5f5cb
 class FolderReport(NamedTuple):
     "What happened to the files of a folder."
 
@@ -419,18 +428,24 @@ def read_tokens(path: str | os.PathLike) -> TokenFile:
     "Read a token file; `TokenFileError` names what is wrong with it."
     path = Path(path)
     with open(path, "rb") as file:
-        if file.read(4) != _MAGIC:  # do not read gigabytes of something else
+        if not _MAGIC.startswith(file.read(4)):  # do not read gigabytes of something else
             raise TokenFileError(f"{path}: not a speechlab token file")
         file.seek(0)
         return from_bytes(file.read(), str(path))
 
 
-_WORKER: dict = {}  # what a worker process holds: the tokeniser
+_WORKER: dict[str, SpeechTokenizer] = {}  # the tokenisers that this process has loaded
 
 
-def _start_worker(model: str) -> None:
+def _start_worker() -> None:
     torch.set_num_threads(1)
-    _WORKER["tokenizer"] = SpeechTokenizer.from_pretrained(model).fold()
+
+
+def _tokenizer(model: str) -> SpeechTokenizer:
+    "A tokeniser by name, loaded once per process."
+    if model not in _WORKER:
+        _WORKER[model] = SpeechTokenizer.from_pretrained(model).fold()
+    return _WORKER[model]
 
 
 def _is_done(target: Path, mark: int, n_q: int, entropy: bool) -> bool:
@@ -446,38 +461,38 @@ def _is_done(target: Path, mark: int, n_q: int, entropy: bool) -> bool:
 def _encode_one(job: tuple) -> tuple[str, str]:
     "Encode one recording; (state, reason)."
     source, target, model, n_q, entropy = job
-    tokenizer = _WORKER["tokenizer"]
+    tokenizer = _tokenizer(model)
     wanted = tokenizer.config.rvq.n_q if n_q is None else n_q
     try:
         if _is_done(target, fingerprint(tokenizer), wanted, entropy):
             return "skipped", ""
         write_tokens(target, encode_file(tokenizer, source, n_q, model), entropy)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         return "failed", str(error)
     return "done", ""
 
 
 def _decode_one(job: tuple) -> tuple[str, str]:
     "Decode one token file; (state, reason)."
-    source, target, n_q = job
+    source, target, model, n_q = job
     try:
         if target.exists():
             return "skipped", ""
-        decode_file(_WORKER["tokenizer"], read_tokens(source), target, n_q)
-    except (ValueError, OSError) as error:
+        file = read_tokens(source)
+        decode_file(_tokenizer(model or file.model), file, target, n_q)
+    except (ValueError, OSError, RuntimeError) as error:
         return "failed", str(error)
     return "done", ""
 
-# %% ../../nbs/tokenizer/11_files.ipynb #d7861079
-def _over_folder(work: Callable, jobs: list[tuple], model: str, workers: int) -> FolderReport:
+# %% ../../nbs/tokenizer/11_files.ipynb #dad5e208
+def _over_folder(work: Callable, jobs: list[tuple], workers: int) -> FolderReport:
     "Run jobs in processes with a bar; job[0] is the source."
     counts, failed = {"done": 0, "skipped": 0}, {}
     if workers > 1:  # a fork of a process that has used torch's threads may hang: spawn
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, _start_worker, (model,))
+        pool = ProcessPoolExecutor(workers, context, _start_worker)
         results = pool.map(work, jobs, chunksize=4)
     else:
-        _WORKER["tokenizer"] = SpeechTokenizer.from_pretrained(model).fold()
         pool, results = None, map(work, jobs)
     try:
         for job, (state, reason) in tqdm(zip(jobs, results), total=len(jobs), unit="file"):
@@ -506,11 +521,12 @@ def encode_folder(
     if not paths:
         raise AudioError(f"{source}: no audio files ({', '.join(AUDIO_ENDINGS)}) below this folder")
     jobs = [(p, target / f"{p.relative_to(source)}.spt", model, n_q, entropy) for p in paths]
-    return _over_folder(_encode_one, jobs, model, workers)
+    SpeechTokenizer.from_pretrained(model)  # a wrong name is an error now, not once per file
+    return _over_folder(_encode_one, jobs, workers)
 
 
 def decode_folder(
-    model: str,  # shipped name, folder or hub id of the SpeechTokenizer that wrote them
+    model: str | None,  # shipped name, folder or hub id; None: what each file names
     source: str | os.PathLike,  # every .spt file below it
     target: str | os.PathLike,  # gets the same tree, with audio files
     n_q: int | None = None,  # levels to use; None: all
@@ -522,14 +538,14 @@ def decode_folder(
     paths = sorted(source.rglob("*.spt"))
     if not paths:
         raise TokenFileError(f"{source}: no .spt files below this folder")
-    jobs = []
-    for path in paths:
-        plain = path.relative_to(source).with_suffix("")  # a.flac.spt -> a.flac
-        plain = plain.with_suffix("") if plain.suffix.lower() in AUDIO_ENDINGS else plain
-        jobs.append((path, target / f"{plain}{ending}", n_q))
-    return _over_folder(_decode_one, jobs, model, workers)
+    names = [path.relative_to(source).with_suffix("") for path in paths]  # a.flac.spt -> a.flac
+    plain = [n.with_suffix("") if n.suffix.lower() in AUDIO_ENDINGS else n for n in names]
+    twice = {name for name, count in Counter(plain).items() if count > 1}  # a.flac and a.wav
+    chosen = [long if short in twice else short for long, short in zip(names, plain)]
+    jobs = [(path, target / f"{n}{ending}", model, n_q) for path, n in zip(paths, chosen)]
+    return _over_folder(_decode_one, jobs, workers)
 
-# %% ../../nbs/tokenizer/11_files.ipynb #cc6703a6
+# %% ../../nbs/tokenizer/11_files.ipynb #41d4d25d
 def _schema(file: TokenFile):
     import pyarrow
 
@@ -569,22 +585,25 @@ def write_shards(
             tokenizer, torch.zeros(n_q or tokenizer.config.rvq.n_q, 0, dtype=torch.long), 0, model
         )
         if path.exists():
-            there = pyarrow.parquet.read_table(path, columns=["id", "n_q"])
+            there = pyarrow.parquet.read_table(path, columns=["id", "n_q", "samples"])
             alike = (
                 there.schema.metadata.get(b"speechlab.fingerprint")
                 == str(empty.fingerprint).encode()
             )
             levels = set(there["n_q"].to_pylist()) == {empty.codes.shape[0]}
-            if alike and levels and there["id"].to_pylist() == [e.id for e in part.entries]:
+            known = list(zip(there["id"].to_pylist(), there["samples"].to_pylist()))
+            if alike and levels and known == [(e.id, e.samples) for e in part.entries]:
                 continue
-        table = [
-            {"id": u.id, "speaker": u.speaker, "text": u.text, "samples": u.entry.samples,
-             "n_q": len(empty.codes), "codes": tokenizer.encode(u.wav, n_q)[0].T.flatten().tolist()}
-            for u in part
-        ]  # fmt: skip
+        table = []
+        for u in part:
+            codes = tokenizer.encode(u.wav.to(_device(tokenizer)), n_q)[0].T.flatten().tolist()
+            row = {"id": u.id, "speaker": u.speaker, "text": u.text, "samples": u.entry.samples}
+            table.append(row | {"n_q": len(empty.codes), "codes": codes})
         draft = path.with_suffix(".part")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table, _schema(empty)), draft)
         os.replace(draft, path)
+    for stale in set(folder.glob("tokens-*.parquet")) - set(shards):
+        stale.unlink()  # of a run with more shards: its utterances are in the others now
     return shards
 
 
@@ -595,7 +614,10 @@ def read_shards(folder: str | os.PathLike):  # datasets.Dataset with a column "c
     paths = sorted(str(p) for p in Path(folder).glob("tokens-*.parquet"))
     if not paths:
         raise TokenFileError(f"{folder}: no tokens-*.parquet in this folder")
-    return datasets.Dataset.from_parquet(paths)
+    found = datasets.Dataset.from_parquet(paths)
+    if len(set(found["id"])) < len(found):
+        raise TokenFileError(f"{folder}: an utterance occurs twice; shards of two runs?")
+    return found
 
 
 def shard_codes(row: dict) -> Tensor:  # (n_q, frames) int64
