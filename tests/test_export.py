@@ -53,6 +53,11 @@ def agree(tokenizer, wav, encode, decode, least=0.995):
 
 def test_graphs(tokenizer):
     encoder, decoder = graphs(tokenizer)
+    trains = [p.requires_grad for p in tokenizer.parameters()]
+    assert all(trains)  # the caller's own model stays as it was
+    folded, _ = graphs(tokenizer.fold())
+    with torch.no_grad():
+        assert torch.equal(folded(noise(1, 1, 6400)), encoder(noise(1, 1, 6400)))
     with torch.no_grad():
         agree(tokenizer, noise(2, 1, 9000), encoder, decoder, 1.0)
 

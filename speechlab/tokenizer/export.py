@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['EncoderGraph', 'DecoderGraph', 'graphs', 'export_programs', 'export_onnx', 'OnnxTokenizer']
 
-# %% ../../nbs/tokenizer/12_export.ipynb #d1fdee47
-import copy
+# %% ../../nbs/tokenizer/12_export.ipynb #502e5927
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from ..foundations.audio import check_wav
 from .rvq import check_codes
 from .speech_tokenizer import SpeechTokenizer
 
-# %% ../../nbs/tokenizer/12_export.ipynb #f64df130
+# %% ../../nbs/tokenizer/12_export.ipynb #c1d3e3d4
 class EncoderGraph(nn.Module):
     "`wav (B, 1, T) -> codes (B, n_q, frames)` without checks, blocks or buffers: made for tracing."
 
@@ -57,9 +56,19 @@ class DecoderGraph(nn.Module):
         return self.decoder(z.transpose(1, 2)).clamp(-1, 1)
 
 
+def _folded_copy(tokenizer: SpeechTokenizer) -> SpeechTokenizer:
+    "A folded copy on the CPU. (After deepcopy, folding the copy would break the original.)"
+    state = {name: value.cpu() for name, value in tokenizer.state_dict().items()}
+    other = SpeechTokenizer(tokenizer.config)
+    if not any(".parametrizations." in name for name in state):  # folded already
+        other.fold()
+    other.load_state_dict(state)
+    return other.fold()
+
+
 def graphs(tokenizer: SpeechTokenizer) -> tuple[EncoderGraph, DecoderGraph]:
     "Copies of both halves on the CPU, folded, without gradients, in eval mode."
-    tokenizer = copy.deepcopy(tokenizer).cpu().fold()
+    tokenizer = _folded_copy(tokenizer)
     halves = EncoderGraph(tokenizer), DecoderGraph(tokenizer)
     for half in halves:
         half.eval().requires_grad_(False)
@@ -85,7 +94,7 @@ def export_programs(
             made.append(torch.export.export(half, (example,), dynamic_shapes=shapes))
     return tuple(made)
 
-# %% ../../nbs/tokenizer/12_export.ipynb #f3b41c87
+# %% ../../nbs/tokenizer/12_export.ipynb #b10ca400
 def export_onnx(
     tokenizer: SpeechTokenizer,
     folder: str | os.PathLike,
@@ -114,7 +123,7 @@ def export_onnx(
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     try:
-        _check(copy.deepcopy(tokenizer).cpu(), OnnxTokenizer(folder))
+        _check(_folded_copy(tokenizer), OnnxTokenizer(folder))
         for path in folder.iterdir():
             os.replace(path, target / path.name)
     finally:
