@@ -259,7 +259,7 @@ def from_bytes(data: bytes, name: str = "token file") -> TokenFile:
     except ValueError as error:
         raise TokenFileError(f"{name}: {error}") from None
 
-# %% ../../nbs/tokenizer/11_files.ipynb #56a2dbb9
+# %% ../../nbs/tokenizer/11_files.ipynb #2590fec1
 def fingerprint(tokenizer: SpeechTokenizer) -> int:
     "A checksum of the codebooks, 32 bits."
     found = 0
@@ -288,7 +288,7 @@ def encode_wav(
     model: str = "",  # a name for people
 ) -> TokenFile:
     "The codes of a signal, ready to be written."
-    codes = tokenizer.encode(wav.to(_device(tokenizer)), n_q)
+    codes = tokenizer.encode(check_wav(wav).to(_device(tokenizer)), n_q)
     if len(codes) != 1:
         raise ValueError(f"wav holds {len(codes)} signals; a file holds one")
     return _token_file(tokenizer, codes[0].cpu(), wav.shape[-1], model)

@@ -118,7 +118,7 @@ def _frame_decoder_step(decoder: nn.Module, z: Tensor, step: _Step) -> Tensor:
         sums.append(step.overlap(name, decoder.overlap_add(frames), keep))
     return sums[0] / sums[1].clamp(min=1e-3)
 
-# %% ../../nbs/tokenizer/10_streaming.ipynb #1ad7291a
+# %% ../../nbs/tokenizer/10_streaming.ipynb #144feded
 class TokenizerStream:
     "Encode and decode in pieces with a causal `SpeechTokenizer`; equal to doing it at once."
 
@@ -141,7 +141,7 @@ class TokenizerStream:
     ) -> tuple[Tensor, StreamState]:  # codes (B, n_q, frames) that are complete now; new state
         "The codes of a piece."
         state = state or StreamState()
-        if wav.shape[-1] or not final:
+        if not (final and isinstance(wav, Tensor) and wav.shape[-1:] == (0,)):
             check_wav(wav)
         rest = state.tensors.get("rest")
         wav = wav if rest is None else torch.cat([rest, wav], dim=-1)
