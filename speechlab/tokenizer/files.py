@@ -8,12 +8,11 @@ __all__ = ['TokenFileError', 'bits_per_code', 'pack_codes', 'unpack_codes', 'squ
            'decode_file', 'FolderReport', 'write_tokens', 'read_tokens', 'encode_folder', 'decode_folder',
            'write_shards', 'read_shards', 'shard_codes']
 
-# %% ../../nbs/tokenizer/11_files.ipynb #b9be4a50
+# %% ../../nbs/tokenizer/11_files.ipynb #be537bce
 import math
 import multiprocessing
 import os
 import struct
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +27,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..foundations.audio import AudioError, check_complete, check_wav, resample
+from speechlab.foundations.audio import (
+    AudioError,
+    check_complete,
+    check_wav,
+    resample,
+    whole_file,
+)
 from ..foundations.corpus import AUDIO_ENDINGS, Corpus
 from .speech_tokenizer import SpeechTokenizer
 from .streaming import decode_pieces, encode_pieces
@@ -316,7 +321,7 @@ def decode_tokens(
     check_owner(tokenizer, file)
     return tokenizer.decode(file.codes[None, :n_q].to(_device(tokenizer)), file.samples)
 
-# %% ../../nbs/tokenizer/11_files.ipynb #a238917f
+# %% ../../nbs/tokenizer/11_files.ipynb #c7f1fe05
 def read_blocks(
     path: str | os.PathLike,
     sample_rate: int,  # Hz wanted; others are converted block by block
@@ -384,26 +389,17 @@ def decode_file(
 ) -> Path:
     "Write the sound of a token file, in constant memory; a crash leaves no half file."
     check_owner(tokenizer, file)
-    target, left = Path(target), file.samples
+    target, left, rate = Path(target), file.samples, file.sample_rate
     if target.suffix.lower() not in AUDIO_ENDINGS:
         raise AudioError(f"{target}: cannot write this ending; one of {', '.join(AUDIO_ENDINGS)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
-    os.close(handle)
-    try:
-        with soundfile.SoundFile(draft, "w", file.sample_rate, channels=1) as out:
-            blocks = file.codes[None, :n_q].to(_device(tokenizer)).split(1000, dim=-1)
-            for wav in decode_pieces(tokenizer, blocks):
-                out.write(wav[0, 0, :left].cpu().numpy())
-                left -= min(left, wav.shape[-1])
-        os.chmod(draft, 0o644)  # mkstemp lets nobody else read
-        os.replace(draft, target)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    blocks = file.codes[None, :n_q].to(_device(tokenizer)).split(1000, dim=-1)
+    with whole_file(target) as draft, soundfile.SoundFile(draft, "w", rate, channels=1) as out:
+        for wav in decode_pieces(tokenizer, blocks):
+            out.write(wav[0, 0, :left].cpu().numpy())
+            left -= min(left, wav.shape[-1])
     return target
 
-# %% ../../nbs/tokenizer/11_files.ipynb #4ad5f5cb
+# %% ../../nbs/tokenizer/11_files.ipynb #6ff9da65
 class FolderReport(NamedTuple):
     "What happened to the files of a folder."
 
@@ -414,14 +410,9 @@ class FolderReport(NamedTuple):
 
 def write_tokens(path: str | os.PathLike, file: TokenFile, entropy: bool = False) -> Path:
     "Write a token file, whole or not at all."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    with os.fdopen(handle, "wb") as out:
-        out.write(to_bytes(file, entropy))
-    os.chmod(draft, 0o644)  # mkstemp lets nobody else read
-    os.replace(draft, path)
-    return path
+    with whole_file(path) as draft:
+        draft.write_bytes(to_bytes(file, entropy))
+    return Path(path)
 
 
 def read_tokens(path: str | os.PathLike) -> TokenFile:
@@ -484,7 +475,7 @@ def _decode_one(job: tuple) -> tuple[str, str]:
         return "failed", str(error)
     return "done", ""
 
-# %% ../../nbs/tokenizer/11_files.ipynb #dad5e208
+# %% ../../nbs/tokenizer/11_files.ipynb #1ceee8ff
 def _over_folder(work: Callable, jobs: list[tuple], workers: int) -> FolderReport:
     "Run jobs in processes with a bar; job[0] is the source."
     counts, failed = {"done": 0, "skipped": 0}, {}
@@ -535,7 +526,7 @@ def decode_folder(
 ) -> FolderReport:
     "Decode all token files below a folder. Files that are there already are skipped."
     source, target = Path(source), Path(target)
-    paths = sorted(source.rglob("*.spt"))
+    paths = sorted(p for p in source.rglob("*.spt") if not p.name.startswith(".draft-"))
     if not paths:
         raise TokenFileError(f"{source}: no .spt files below this folder")
     names = [path.relative_to(source).with_suffix("") for path in paths]  # a.flac.spt -> a.flac
