@@ -1,0 +1,218 @@
+"""The study of the hybrid lesson: what a GPT of codes gains from hearing mel slices, and why.
+
+    python benchmarks/hybrid.py OUT.json [--data speech|music] [--steps N] [--seeds N] [--quick]
+
+Every setting predicts level 1 of a causal codec on the same batches for the same number of steps,
+with fewer or more inputs. The learning rate is chosen for the small and the large GPT on the
+validation split. All is measured on the test split, whose voices (bands) no model has heard.
+Finished runs are kept in OUT.json, so an interrupted study continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from speechlab.foundations.audio import log_mel
+from speechlab.foundations.corpus import Corpus, embedded_corpus
+from speechlab.foundations.evaluation import paired_difference
+from speechlab.foundations.machine import cache_folder, device_name, library_versions
+from speechlab.foundations.transformer import TransformerConfig, flops_per_position
+from speechlab.lm.gpt import GPT, Clips, GPTConfig, GPTTraining, likelihood, train_gpt
+from speechlab.lm.hybrid import CausalMel, HybridConfig, HybridGPT, clip_mels
+from speechlab.lm.music import music_corpus
+from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
+
+SMALL = TransformerConfig(dim=96, layers=3, heads=4, context=512)
+LARGE = replace(SMALL, dim=256, layers=5)
+MATCHED = replace(SMALL, ffn_dim=208)  # hybrid: as many parameters as SMALL
+SAME_FLOPS = replace(SMALL, ffn_dim=304)  # tokens only: as many operations as the hybrid
+SETTINGS = {  # name -> (body, levels heard, mel heard)
+    "tokens": (SMALL, 1, None),
+    "tokens, 10x": (LARGE, 1, None),
+    "hybrid": (MATCHED, 1, "recording"),
+    "tokens, same FLOPs": (SAME_FLOPS, 1, None),
+    "mel of another recording": (MATCHED, 1, "another"),
+    "mel one frame late": (MATCHED, 1, "late"),
+    "levels 1-4 heard, no mel": (SMALL, 4, None),
+    "mel decoded from level 1": (MATCHED, 1, "level 1"),
+    "mel decoded from levels 1-4": (MATCHED, 1, "levels 1-4"),
+    "mel decoded from levels 1-8": (MATCHED, 1, "levels 1-8"),
+    "leak: centred frames": (MATCHED, 1, "centred"),
+    "leak: off by one": (MATCHED, 1, "early"),
+}
+FED = {  # measured besides: a trained setting -> mels it is then given
+    "hybrid": ("level 1", "levels 1-4", "levels 1-8"),
+    "mel decoded from levels 1-4": ("level 1", "recording"),
+    "mel decoded from levels 1-8": ("level 1", "recording"),
+}
+RATES = {"tokens": (2e-3, 4e-3, 8e-3), "tokens, 10x": (1e-3, 2e-3, 4e-3)}
+SPLITS = {"speech": ("gpu", 13_000, 300, 600), "music": ("gpu", 3000, 100, 200)}
+QUICK = {"speech": ("smoke", 32, 8, 8), "music": ("smoke", 24, 8, 8)}
+
+
+def corpora(data: str, quick: bool) -> dict[str, Corpus]:
+    """The recordings of each split."""
+    size, *counts = (QUICK if quick else SPLITS)[data]
+    corpus = embedded_corpus(size) if data == "speech" else music_corpus(size)
+    return {name: corpus.split(name)[:n] for name, n in zip(("train", "valid", "test"), counts)}
+
+
+def centred_mel(wav: torch.Tensor, framing: CausalMel) -> torch.Tensor:
+    """The usual frames, centred on t * hop: they reach n_fft / 2 - hop past the end of token t."""
+    hop, n_fft = framing.hop_length, framing.n_fft
+    found = log_mel(wav, 16000, n_fft=n_fft, hop_length=hop, n_mels=framing.mel.n_mels)
+    return found[..., : -(-wav.shape[-1] // hop)]
+
+
+def prepare(corpus: Corpus, tokenizer: SpeechTokenizer, cache: Path) -> dict:
+    """Codes and all kinds of mels of some recordings, computed once and kept."""
+    if cache.exists():
+        return torch.load(cache, mmap=True)
+    clips = Clips.encode(tokenizer, corpus)
+    hop, framing = tokenizer.config.hop_length, CausalMel(hop_length=tokenizer.config.hop_length)
+    mels = {"recording": clip_mels(corpus, clips, framing)}
+    mels["late"] = clip_mels(corpus, clips, CausalMel(hop_length=hop, lookahead=-hop))
+    mels["early"] = clip_mels(corpus, clips, CausalMel(hop_length=hop, lookahead=hop))
+    for name, levels in (("level 1", 1), ("levels 1-4", 4), ("levels 1-8", 8)):
+        mels[name] = clip_mels(corpus, clips, framing, tokenizer, levels)
+    mels["centred"] = [centred_mel(utterance.wav, framing)[0].half() for utterance in corpus]
+    mels["another"] = []
+    for index, codes in enumerate(clips.codes):  # the next recording's, repeated if it is shorter
+        other, frames = mels["recording"][(index + 1) % len(clips)], codes.shape[1]
+        repeated = other.repeat(1, -(-frames // other.shape[1]))
+        mels["another"].append(repeated[:, :frames].clone())
+    found = {"codes": clips.codes, "ids": clips.ids, "mels": mels}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found, cache)
+    return found
+
+
+def make_clips(found: dict, heard: int, mel: str | None) -> Clips:
+    """Recordings with the levels and the mels that a setting uses."""
+    codes = [codes[:heard] for codes in found["codes"]]
+    return Clips(codes, found["ids"], found["mels"][mel] if mel else None)
+
+
+def make_model(name: str, clips: Clips, seed: int) -> GPT:
+    """An untrained model of a setting."""
+    body, heard, mel = SETTINGS[name]
+    torch.manual_seed(seed)
+    if mel is None:
+        return GPT(GPTConfig(input_levels=heard, body=body))
+    return HybridGPT(HybridConfig(body=body)).fit_mel(clips)
+
+
+def flops(name: str, frames: float) -> float:
+    """Operations of one position in the forward pass."""
+    body, _, mel = SETTINGS[name]
+    total = flops_per_position(body, frames / 2) + 2 * body.dim * 257
+    if mel:
+        config = HybridConfig(body=body)
+        total += flops_per_position(config.mel, frames / 2)
+        total += 2 * config.n_mels * config.mel.dim + 2 * (body.dim + config.mel.dim) * body.dim
+    return total
+
+
+def one_run(name: str, seed: int, rate: float, steps: int, splits: dict, on: str) -> dict:
+    """Train one setting and measure it on one split, with all the mels it is to be fed."""
+    _, heard, mel = SETTINGS[name]
+    clips = make_clips(splits["train"], heard, mel)
+    model = make_model(name, clips, seed)
+    batch = max(8, round(3840 / clips.lengths.mean()))  # recordings; about 3840 codes
+    started = time.process_time()
+    training = GPTTraining(steps, min(batch, len(clips)), rate, max(1, steps // 10), seed=seed)
+    with TemporaryDirectory() as folder:
+        model, history = train_gpt(model, clips, folder, training)
+    seconds = time.process_time() - started
+    found = likelihood(model, make_clips(splits[on], heard, mel))
+    row = {
+        "name": name, "seed": seed, "rate": rate, "on": on, "cpu_seconds": round(seconds, 1),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "train_nll": history[-1]["nll"], **found.level(), "bits_per_second": found.bits_per_second,
+        "mflops": flops(name, float(clips.lengths.mean())) / 1e6,
+        "each": (found.nll[:, 0] / found.frames).round(4).tolist(),
+        "frames": found.frames.tolist(), "fed": {},
+    }  # fmt: skip
+    for other in FED.get(name, ()) if on == "test" else ():
+        row["fed"][other] = likelihood(model, make_clips(splits[on], heard, other)).level()
+    return row
+
+
+def differences(runs: list[dict]) -> dict:
+    """Per seed: NLL of each setting minus that of both GPTs, with intervals over recordings."""
+    found: dict[str, dict] = {}
+    known = {(run["name"], run["seed"]): run for run in runs}
+    for (name, seed), run in known.items():
+        for base in ("tokens", "tokens, 10x"):
+            if (base, seed) not in known or name == base:
+                continue
+            other = known[base, seed]
+            difference = paired_difference(
+                np.multiply(run["each"], run["frames"]), np.multiply(other["each"], run["frames"]),
+                run["frames"],
+            )  # fmt: skip
+            found.setdefault(name, {}).setdefault(base, []).append(difference[:3])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", choices=("speech", "music"), default="speech")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: few and short")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    steps, seeds = (4, 1) if options.quick else (options.steps, options.seeds)
+    codec = {"speech": "small-causal", "music": "music-causal"}[options.data]
+    tokenizer = SpeechTokenizer.from_pretrained(codec).fold()
+    place = cache_folder() / "hybrid" / f"{options.data}{'-quick' * options.quick}"
+    parts = corpora(options.data, options.quick)
+    splits = {name: prepare(part, tokenizer, place / f"{name}.pt") for name, part in parts.items()}
+    raw = options.out.with_suffix(".runs.json")  # every run, with its recordings; not committed
+    runs = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else []
+
+    def run(name: str, seed: int, rate: float, steps: int, on: str) -> dict:
+        for done in runs:
+            if (done["name"], done["seed"], done["rate"], done["on"]) == (name, seed, rate, on):
+                return done
+        runs.append(one_run(name, seed, rate, steps, splits, on))
+        raw.write_text(json.dumps(runs), encoding="utf-8")
+        print(f"{name:28} seed {seed} rate {rate:g} on {on}: NLL {runs[-1]['nll']:.3f}, "
+              f"train {runs[-1]['train_nll']:.3f}, {runs[-1]['cpu_seconds']:.0f} s", flush=True)
+        return runs[-1]
+
+    chosen = {}
+    for name, rates in RATES.items():
+        tried = {rate: run(name, 0, rate, max(1, steps // 2), "valid")["nll"] for rate in rates}
+        chosen[name] = min(tried, key=tried.get)
+    for seed in range(seeds):
+        for name in SETTINGS:
+            run(name, seed, chosen["tokens, 10x" if name == "tokens, 10x" else "tokens"], steps, "test")
+    final = [r for r in runs if r["on"] == "test"]
+    hidden = ("each", "frames")
+    report = {
+        "data": options.data, "codec": codec, "steps": steps, "machine": device_name("cpu"),
+        "versions": library_versions("speechlab", "torch"),
+        "splits": {name: repr(part) for name, part in parts.items()},
+        "rates_tried": [{k: r[k] for k in ("name", "rate", "nll")} for r in runs if r["on"] == "valid"],
+        "runs": [{k: v for k, v in r.items() if k not in hidden} for r in final],
+        "differences": differences(final),
+    }  # fmt: skip
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
