@@ -53,7 +53,7 @@ FED = {  # measured besides: a trained setting -> mels it is then given
     "mel decoded from levels 1-4": ("level 1", "recording"),
     "mel decoded from levels 1-8": ("level 1", "recording"),
 }
-RATES = {"tokens": (2e-3, 4e-3, 8e-3), "tokens, 10x": (1e-3, 2e-3, 4e-3)}
+RATES = {"tokens": (2e-3, 4e-3, 8e-3), "tokens, 10x": (2e-3, 4e-3)}
 SPLITS = {"speech": ("gpu", 13_000, 300, 600), "music": ("gpu", 3000, 100, 200)}
 QUICK = {"speech": ("smoke", 32, 8, 8), "music": ("smoke", 24, 8, 8)}
 
