@@ -200,14 +200,17 @@ def main() -> None:
         chosen[name] = min(tried, key=tried.get)
     for seed in range(seeds):
         for name in SETTINGS:
-            run(name, seed, chosen["tokens, 10x" if name == "tokens, 10x" else "tokens"], steps, "test")
+            rate = chosen[name if name in chosen else "tokens"]
+            run(name, seed, rate, steps, "test")
     final = [r for r in runs if r["on"] == "test"]
     hidden = ("each", "frames")
     report = {
         "data": options.data, "codec": codec, "steps": steps, "machine": device_name("cpu"),
         "versions": library_versions("speechlab", "torch"),
         "splits": {name: repr(part) for name, part in parts.items()},
-        "rates_tried": [{k: r[k] for k in ("name", "rate", "nll")} for r in runs if r["on"] == "valid"],
+        "rates_tried": [
+            {k: r[k] for k in ("name", "rate", "nll")} for r in runs if r["on"] == "valid"
+        ],
         "runs": [{k: v for k, v in r.items() if k not in hidden} for r in final],
         "differences": differences(final),
     }  # fmt: skip

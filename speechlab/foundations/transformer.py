@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TransformerConfig', 'RMSNorm', 'AdaptiveNorm', 'make_norm', 'rope_table', 'rotate', 'attention_mask', 'KVCache',
-           'Attention', 'FeedForward', 'Block', 'Transformer', 'copy_gpt2_layer', 'copy_llama_layer',
+           'Attention', 'FeedForward', 'Block', 'Transformer', 'attention_maps', 'copy_gpt2_layer', 'copy_llama_layer',
            'flops_per_position']
 
 # %% ../../nbs/foundations/07_transformer.ipynb #f28a9865
@@ -221,7 +221,7 @@ class KVCache:
     def batch(self) -> int:
         return self.keys[0].shape[0]
 
-# %% ../../nbs/foundations/07_transformer.ipynb #f40ba6a8
+# %% ../../nbs/foundations/07_transformer.ipynb #871bdc70
 class _Heads(nn.Module):
     "Queries, keys and values, and what becomes of them."
 
@@ -253,6 +253,17 @@ class _Heads(nn.Module):
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v.unflatten(-1, (self.kv_heads, self.value_dim))
+
+    def weights(self, x: Tensor, rotation=None, mask=None, causal: bool = False, *_) -> Tensor:
+        "The attention weights of self-attention over x, (B, heads, T, T), to look at."
+        q, k, _ = self._project(x, None)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        k = k.repeat_interleave(self.heads // self.kv_heads, dim=2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(self.key_dim)
+        if mask is None and causal:
+            mask = attention_mask(x.shape[1], x.shape[1], device=x.device)
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(dim=-1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         "Attention over (B, heads, T, d), and the output layer."
@@ -483,6 +494,27 @@ class Transformer(_Stack):
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x, condition) if self.config.condition_dim else self.norm(x)
+
+# %% ../../nbs/foundations/07_transformer.ipynb #82235fa5
+@torch.no_grad()
+def attention_maps(
+    model: Transformer,
+    x: Tensor,  # (B, T, dim)
+    **options,  # of Transformer.forward
+) -> Tensor:  # (layers, B, heads, T, T): rows ask, columns are asked
+    "What each head of each layer looks at."
+    maps, hooks = [], []
+
+    def note(attention: Attention, arguments: tuple) -> None:
+        maps.append(attention.weights(*arguments[:4]))
+
+    try:
+        hooks = [b.attention.register_forward_pre_hook(note) for b in model.blocks]
+        model(x, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(maps)
 
 # %% ../../nbs/foundations/07_transformer.ipynb #5219bcfb
 def copy_gpt2_layer(
