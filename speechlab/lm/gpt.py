@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# %% ../../nbs/lm/02_gpt.ipynb #884e2ffd
+# %% ../../nbs/lm/02_gpt.ipynb #dcc8420b
 from ..foundations.corpus import BucketBatches, Corpus
 from ..foundations.evaluation import Estimate, bootstrap
-from ..foundations.machine import pick_device
 from ..foundations.sampling import Sampler, Sampling
 from speechlab.foundations.training import (
     ShippedModel,
@@ -103,9 +102,9 @@ GPT_CONFIGS = {
     "gpt-l": GPTConfig(1024, body=TransformerConfig(dim=640, layers=8, heads=10), frame_rate=75.0),
 }  # gpt-s and gpt-l: shapes of the sizes in the Whisper-GPT paper, which does not state any
 
-# %% ../../nbs/lm/02_gpt.ipynb #60b44ec4
+# %% ../../nbs/lm/02_gpt.ipynb #95ac2079
 class DepthDecoder(nn.Module):
-    "Predicts levels 2 to K of a frame, one after another, from the frame's vector (RQ-Transformer)."
+    "Predicts levels 2 to K of a frame, one by one, from the frame's vector (RQ-Transformer)."
 
     def __init__(self, config: TransformerConfig, dim: int, levels: int, codebook_size: int):
         super().__init__()
@@ -818,7 +817,7 @@ class NextTokenView:
         picture = ipywidgets.interactive_output(lambda **at: display(self.draw(**at)), controls)
         return ipywidgets.VBox([frames, layers, picture])
 
-# %% ../../nbs/lm/02_gpt.ipynb #0642c0c9
+# %% ../../nbs/lm/02_gpt.ipynb #3440b385
 def describe(config: GPTConfig) -> str:
     "One sentence about a model, for its card."
     body, hears = config.body, "" if not hasattr(config, "n_mels") else " and mel slices"
@@ -831,7 +830,7 @@ def describe(config: GPTConfig) -> str:
 
 def likelihood_table(found: Likelihood) -> str:
     "A Markdown table, one row a level."
-    rows = ["| level | NLL | perplexity | bits | accuracy | among ten |", "|---|---|---|---|---|---|"]
+    rows = ["| level | NLL | perplexity | bits | accuracy | among ten |", "|" + "---|" * 6]
     for q in range(found.nll.shape[1]):
         row = found.level(q)
         rows.append(
