@@ -13,6 +13,8 @@ import torch
 
 from speechlab.foundations import audio, evaluation, judges
 from speechlab.foundations.audio import AudioError
+from speechlab.foundations.transformer import TransformerConfig
+from speechlab.lm import hybrid
 from speechlab.tokenizer import files, losses, rvq, speech_tokenizer, streaming, teachers
 from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig
 from speechlab.tokenizer.seanet import FrameCodecConfig
@@ -69,6 +71,16 @@ def tiny_tokenizer():
     return speech_tokenizer.SpeechTokenizer(config).eval()
 
 
+def tiny_writer() -> hybrid.HybridGPT:
+    """A hybrid for the tiny tokeniser."""
+    body = TransformerConfig(16, 1, 2, context=128)
+    config = hybrid.HybridConfig(
+        4, levels=8, input_levels=1, pattern="depth", body=body, depth=body,
+        mel=TransformerConfig(16, 1, 2, context=128),
+    )  # fmt: skip
+    return hybrid.HybridGPT(config).eval()
+
+
 TAKES_MORE = {  # these name the argument in an AudioError or a ValueError
     "transcribe": recognise,
     "mel_distance": lambda wav: evaluation.mel_distance(wav, wav),
@@ -90,6 +102,8 @@ TAKES_MORE |= {
     "pitch_error": lambda wav: evaluation.pitch_error(wav, GOOD),
     "encode_wav": lambda wav: files.encode_wav(tiny_tokenizer(), wav),
     "TokenizerStream": lambda wav: streaming.TokenizerStream(tiny_tokenizer()).encode(wav),
+    "continue_wav": lambda wav: hybrid.continue_wav(tiny_writer(), tiny_tokenizer(), wav, 0.1),
+    "CausalMel": lambda wav: hybrid.CausalMel()(wav),
     "si_sdr": None,  # any shape: its own tests
 }
 INTERNAL = {"pad_for_frames", "change_speed", "change_voice"}  # of networks; their callers check
@@ -226,7 +240,7 @@ def test_every_public_function_has_rows():
         return {n for n, f in found.items() if argument in inspect.signature(f).parameters}
 
     assert functions_with(audio, "wav") <= set(TAKES_WAV)
-    for module in (evaluation, judges, losses, teachers, speech_tokenizer, streaming, files):
+    for module in (evaluation, judges, losses, teachers, speech_tokenizer, streaming, files, hybrid):
         assert functions_with(module, "wav") <= set(TAKES_MORE), module.__name__
     assert functions_with(audio, "codes") <= {"plot_codes"}
     assert functions_with(rvq, "codes") <= {"check_codes", "code_sums"}

@@ -108,8 +108,19 @@ def public(module) -> set[str]:
 
 MODULES = [
     f"speechlab.foundations.{m}"
-    for m in ("machine", "audio", "phonemes", "corpus", "training", "judges", "evaluation")
+    for m in (
+        "machine",
+        "audio",
+        "phonemes",
+        "corpus",
+        "training",
+        "judges",
+        "evaluation",
+        "transformer",
+        "sampling",
+    )
 ]
+MODULES += [f"speechlab.lm.{m}" for m in ("patterns", "gpt", "hybrid", "music")]
 MODULES += [
     f"speechlab.tokenizer.{m}"
     for m in (
@@ -305,6 +316,9 @@ def test_shipped_checkpoints_are_small_and_have_cards():
         "character-recognizer",
         "speaker-encoder",
         "small-causal",
+        "music-causal",
+        "gpt-small",
+        "hybrid-small",
     }
     total = 0
     for folder in folders:

@@ -71,7 +71,7 @@ def penalise_repeats(
     reduced = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(counts > 0, reduced, logits)
 
-# %% ../../nbs/foundations/08_sampling.ipynb #12c125c7
+# %% ../../nbs/foundations/08_sampling.ipynb #562e189b
 @dataclass(frozen=True)
 class Sampling:
     "How a token is chosen. Filters apply in the order of the fields; 0 or 1 switches them off."
@@ -107,7 +107,8 @@ class Sampling:
         "Logits (B, V) after penalty, temperature and filters. Temperature 0 is left to the caller."
         if self.penalty != 1 and history is not None and history.shape[1]:
             logits = penalise_repeats(logits, history[:, -self.window :], self.penalty)
-        logits = logits / (self.temperature or 1.0)
+        if self.temperature not in (0, 1):
+            logits = logits / self.temperature
         if self.top_k:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p < 1:

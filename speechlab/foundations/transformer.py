@@ -7,10 +7,10 @@ __all__ = ['TransformerConfig', 'RMSNorm', 'AdaptiveNorm', 'make_norm', 'rope_ta
            'Attention', 'FeedForward', 'Block', 'Transformer', 'attention_maps', 'copy_gpt2_layer', 'copy_llama_layer',
            'flops_per_position']
 
-# %% ../../nbs/foundations/07_transformer.ipynb #f28a9865
+# %% ../../nbs/foundations/07_transformer.ipynb #89f95c87
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -316,7 +316,7 @@ class Attention(_Heads):
             k, v = cache.memory[layer]
         return self._attend(q, k, v, mask, False)
 
-# %% ../../nbs/foundations/07_transformer.ipynb #7d6afc37
+# %% ../../nbs/foundations/07_transformer.ipynb #73170120
 class FeedForward(nn.Module):
     "SwiGLU, `down(silu(gate x) * up x)`, or the older `down(gelu(up x))`."
 
@@ -327,13 +327,15 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.dim, wide, bias=config.bias)  # SwiGLU: gate and up, side by side
         self.down = nn.Linear(config.hidden, config.dim, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
+    def activate(self, x: Tensor) -> Tensor:
+        "What happens between the two linear layers."
         if self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * x)
-        kind = "tanh" if self.activation == "gelu_tanh" else "none"
-        return self.down(F.gelu(x, approximate=kind))
+            return F.silu(gate) * x
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activate(self.up(x)))
 
 # %% ../../nbs/foundations/07_transformer.ipynb #5656c929
 class Block(nn.Module):
@@ -371,7 +373,7 @@ class Block(nn.Module):
             x = x + self.dropout(found)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x, *steer)))
 
-# %% ../../nbs/foundations/07_transformer.ipynb #87865681
+# %% ../../nbs/foundations/07_transformer.ipynb #0fbf21a8
 class _Stack(nn.Module):
     "The blocks, the tables of positions, and the short way for a single position."
 
@@ -403,23 +405,28 @@ class _Stack(nn.Module):
         return self.blocks[0].feed_forward.up.weight.dtype
 
     def _plan(self) -> list[tuple]:
-        "Each block's norms and weights, looked up once."
-        return [
-            (
-                block.attention_norm, block.attention.query_key_value.weight,
-                block.attention.query_key_value.bias, block.attention.out.weight,
-                block.attention.out.bias, block.feed_forward_norm, block.feed_forward,
-            )
-            for block in self.blocks
-        ]  # fmt: skip
+        "Each block's functions and weights, looked up once."
+        size, plan = (self.config.dim,), []
+        for block in self.blocks:
+            norms = (block.attention_norm, block.feed_forward_norm)
+            if self.config.norm == "rms":
+                calls = [partial(F.rms_norm, normalized_shape=size, weight=n.weight, eps=n.epsilon)
+                         for n in norms]
+            else:
+                calls = [partial(F.layer_norm, normalized_shape=size, weight=n.weight, bias=n.bias,
+                                 eps=n.eps) for n in norms]
+            heard, feed = block.attention, block.feed_forward
+            layers = (heard.query_key_value, heard.out, feed.up, feed.down)
+            plan.append((*calls, feed.activate, *((m.weight, m.bias) for m in layers)))
+        return plan
 
     def _decode(self, x: Tensor, rotation, mask: Tensor | None, cache: KVCache) -> Tensor:
         "What the blocks do to a single position, in fewer calls: at this size, calls cost most."
-        start, rows, heads = cache.length, len(x), self.config.heads
+        start, rows, heads, linear = cache.length, len(x), self.config.heads, F.linear
         cache.plan = cache.plan or self._plan()
         for parts, keys, values in zip(cache.plan, cache.keys, cache.values):
-            norm, weight, bias, out_weight, out_bias, second_norm, feed_forward = parts
-            qkv = F.linear(norm(x), weight, bias).view(rows, 3, heads, 1, -1)
+            first_norm, second_norm, activate, project, out, up, down = parts
+            qkv = linear(first_norm(x), *project).view(rows, 3, heads, 1, -1)
             if rotation is None:
                 q, k, v = qkv.unbind(1)
             else:
@@ -430,8 +437,8 @@ class _Stack(nn.Module):
             values.narrow(2, start, 1).copy_(v)
             keys, values = keys.narrow(2, 0, start + 1), values.narrow(2, 0, start + 1)
             found = F.scaled_dot_product_attention(q, keys, values, mask).view(rows, 1, -1)
-            x = x + F.linear(found, out_weight, out_bias)
-            x = x + feed_forward(second_norm(x))
+            x = x + linear(found, *out)
+            x = x + linear(activate(linear(second_norm(x), *up)), *down)
         return x
 
 # %% ../../nbs/foundations/07_transformer.ipynb #680d957e

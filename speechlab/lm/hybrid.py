@@ -21,10 +21,10 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# %% ../../nbs/lm/03_hybrid.ipynb #147c74bb
+# %% ../../nbs/lm/03_hybrid.ipynb #6ce6effe
 from ..foundations.audio import LogMel, check_wav
 from ..foundations.corpus import Corpus
-from ..foundations.evaluation import over_seeds
+from ..foundations.evaluation import Estimate, over_seeds
 from ..foundations.sampling import Sampling
 from ..foundations.training import checkpoint_folder
 from ..foundations.transformer import KVCache, Transformer, TransformerConfig
@@ -301,7 +301,7 @@ def clip_mels(
         mels.append(framing(wav)[0].half())
     return mels
 
-# %% ../../nbs/lm/03_hybrid.ipynb #983ba665
+# %% ../../nbs/lm/03_hybrid.ipynb #0d9e7bf7
 PAPER_TABLE = (  # LibriSpeech, as printed: parameters (M), NLL, accuracy (%), perplexity
     ("GPT-S", 3.7, 2.02, 34.18, 7.54), ("GPT-L", 40.0, 1.94, 34.82, 6.96),
     ("hybrid", 4.0, 1.93, 35.05, 6.96),
@@ -326,7 +326,8 @@ def study_rows(report: dict) -> list[dict]:
         for key in ("accuracy", "perplexity", "parameters", "mflops", "train_nll"):
             row[key] = float(np.mean([run[key] for run in runs]))
         for base, found in report["differences"].get(name, {}).items():
-            row[f"minus {base}"] = over_seeds([value for value, _, _ in found])
+            one = Estimate(*found[0], 1)  # a single run: its interval over recordings
+            row[f"minus {base}"] = over_seeds([f[0] for f in found]) if len(found) > 1 else one
         row["fed"] = {
             other: over_seeds([run["fed"][other]["nll"] for run in runs])
             for other in runs[0]["fed"]

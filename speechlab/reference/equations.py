@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EQUATIONS', 'Equation', 'as_markdown']
 
-# %% ../../nbs/reference/equations.ipynb #5bf349ec
+# %% ../../nbs/reference/equations.ipynb #32a5c2d3
 from dataclasses import dataclass
 
 
@@ -20,7 +20,7 @@ class Equation:
     symbol: str  # import path of the code that computes it
     test: str  # path::function of the test against an independent formulation
 
-# %% ../../nbs/reference/equations.ipynb #b678d6c0
+# %% ../../nbs/reference/equations.ipynb #daa577b1
 _QUANTISER = (
     Equation(
         "SpeechTokenizer",
@@ -48,7 +48,7 @@ _QUANTISER = (
     ),
 )
 
-# %% ../../nbs/reference/equations.ipynb #bacfb56d
+# %% ../../nbs/reference/equations.ipynb #654d784c
 _DISTILLATION = (
     Equation(
         "SpeechTokenizer",
@@ -77,7 +77,7 @@ _DISTILLATION = (
     ),
 )
 
-# %% ../../nbs/reference/equations.ipynb #21b606e4
+# %% ../../nbs/reference/equations.ipynb #e649c15d
 _RECONSTRUCTION = (
     Equation(
         "SpeechTokenizer",
@@ -132,7 +132,59 @@ _RECONSTRUCTION = (
     ),
 )
 
-# %% ../../nbs/reference/equations.ipynb #f39cd8af
+# %% ../../nbs/reference/equations.ipynb #4d4271c2
+_LANGUAGE = (
+    Equation(
+        "Attention is all you need",
+        "Eq. 1",
+        "scaled dot-product attention",
+        r"\mathrm{softmax}\left(\frac{QK^\top}{\sqrt{d_k}}\right) V",
+        "speechlab.foundations.transformer.Attention.forward",
+        "tests/test_transformer.py::test_attention_matches_float64_loops",
+    ),
+    Equation(
+        "RoFormer",
+        "Eq. 34",
+        "rotary positions, Llama's pairs",
+        r"x_i' = x_i \cos p\theta_i - x_{i+d/2} \sin p\theta_i,\; \theta_i = 10000^{-2i/d}",
+        "speechlab.foundations.transformer.rotate",
+        "tests/test_transformer.py::test_rope_is_a_rotation_of_complex_pairs",
+    ),
+    Equation(
+        "Root mean square layer normalization",
+        "Eq. 4",
+        "RMSNorm",
+        r"\frac{x}{\sqrt{\frac1d \sum_i x_i^2 + \epsilon}} \odot g",
+        "speechlab.foundations.transformer.RMSNorm.forward",
+        "tests/test_transformer.py::test_rms_norm_is_the_formula",
+    ),
+    Equation(
+        "The curious case of neural text degeneration",
+        "text",
+        "nucleus sampling (top-p)",
+        r"\min |V^{(p)}| : \sum_{x \in V^{(p)}} P(x) \ge p",
+        "speechlab.foundations.sampling.keep_top_p",
+        "tests/test_sampling.py::test_top_p_by_loop",
+    ),
+    Equation(
+        "Whisper-GPT",
+        "text",
+        "next coarse token from tokens and causal mel slices",
+        r"-\sum_t \log p(c_{t+1} \mid c_{\le t}, x_{<(t+1)h})",
+        "speechlab.lm.gpt.token_nll",
+        "tests/test_gpt.py::test_nll_by_hand_and_in_bits_per_second",
+    ),
+    Equation(
+        "Whisper-GPT",
+        "text",
+        "slice t ends with the last sample of token t",
+        r"\mathrm{mel}_t = \mathrm{logmel}\big(x_{(t+1)h - n_{\mathrm{fft}}}, \dots, x_{(t+1)h - 1}\big)",
+        "speechlab.lm.hybrid.CausalMel.forward",
+        "tests/test_hybrid.py::test_slices_are_windows_that_end_with_their_token",
+    ),
+)
+
+# %% ../../nbs/reference/equations.ipynb #19079922
 _SHARED = (
     Equation(
         "EnCodec",
@@ -195,7 +247,7 @@ _MEASURES = (
         "tests/test_evaluation.py::test_mcd_is_the_sum_of_cosines",
     ),
 )
-EQUATIONS = _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED
+EQUATIONS = _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED + _LANGUAGE
 
 
 def as_markdown(rows: tuple[Equation, ...] = EQUATIONS) -> str:

@@ -1,0 +1,339 @@
+"""The GPT of codes: what it sees, what it writes, what it reports."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speechlab.foundations.sampling import Sampling
+from speechlab.foundations.transformer import TransformerConfig
+from speechlab.lm.gpt import (
+    GPT,
+    GPT_CONFIGS,
+    GPT_PATTERNS,
+    ClipBatches,
+    Clips,
+    DepthDecoder,
+    Generator,
+    GPTConfig,
+    GPTTraining,
+    NextTokenView,
+    describe,
+    generate,
+    gpt_loss,
+    likelihood,
+    likelihood_table,
+    make_optimizer,
+    stream,
+    token_nll,
+    train_gpt,
+)
+from speechlab.lm.patterns import make_pattern
+
+BODY = TransformerConfig(24, 2, 2, context=128)
+INSIDE = TransformerConfig(16, 1, 2, context=8)
+
+
+def make(pattern: str = "parallel", levels: int = 3, size: int = 20, seed: int = 0) -> GPT:
+    """A model whose weights are large enough to have opinions."""
+    torch.manual_seed(seed)
+    config = GPTConfig(size, levels, pattern=pattern, body=BODY,
+                       depth=INSIDE if pattern == "depth" else None)  # fmt: skip
+    model = GPT(config).eval()
+    for weight in model.parameters():
+        weight.data.mul_(5) if weight.dim() > 1 else None
+    return model
+
+
+def clips(count: int = 12, levels: int = 1, size: int = 20, seed: int = 0) -> Clips:
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 30, (count,), generator=rng).tolist()
+    codes = [torch.randint(size, (levels, n), generator=rng).short() for n in lengths]
+    return Clips(codes, [f"clip-{i}" for i in range(count)])
+
+
+@pytest.mark.parametrize("pattern", GPT_PATTERNS)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_logits_move_where_the_pattern_lets_them(pattern, data):
+    model, layout = make(pattern).double(), make_pattern(pattern, 3, 6)
+    codes = torch.randint(20, (1, 3, 6))
+    t, q = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 2))
+    other = codes.clone()
+    other[0, q, t] = (other[0, q, t] + 1 + data.draw(st.integers(0, 17))) % 20
+    with torch.no_grad():
+        moved = (model(other) - model(codes))[0, :, :6, :20].abs().amax(-1) > 0
+    for q2 in range(3):
+        for t2 in range(6):
+            assert bool(moved[q2, t2]) == bool(layout.visible(t2, q2)[q, t])
+
+
+@pytest.mark.parametrize("pattern", GPT_PATTERNS)
+def test_a_padded_row_gives_what_it_gives_alone(pattern):
+    model, codes = make(pattern), torch.randint(20, (2, 3, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [5]])
+    found, alone = model(codes, mask)[1, :, :6], model(codes[1:, :, :5])[0]
+    known = alone.isfinite()
+    torch.testing.assert_close(found[known], alone[known], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", GPT_PATTERNS)
+@settings(max_examples=10, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    new=st.integers(1, 12), seed=st.integers(0, 1000), rule=st.sampled_from(
+        [Sampling(), Sampling(0), Sampling(0.8, top_k=4, penalty=1.3, window=3),
+         Sampling(top_p=0.6, repeat_ratio=0.3, window=4)]),
+)  # fmt: skip
+def test_cache_batch_and_stream_agree(pattern, lengths, new, seed, rule):
+    """With a cache, without, one row at a time, frame by frame: the same codes."""
+    model = make(pattern, seed=1)
+    prompts = [torch.randint(20, (3, n)) for n in lengths]
+    fast = generate(model, prompts, new, rule, seed, repeats=5)
+    slow = generate(model, prompts, new, rule, seed, repeats=5, cached=False)
+    assert fast.reasons == slow.reasons
+    for one, two, prompt in zip(fast.codes, slow.codes, prompts):
+        assert torch.equal(one, two)
+        assert torch.equal(one[:, : prompt.shape[1]], prompt)
+        assert one.shape[1] <= prompt.shape[1] + new
+        assert int(one.max() if one.numel() else 0) < 20
+    if rule.temperature == 0 or len(prompts) == 1:  # row i draws from seed + i
+        parts = list(stream(model, prompts[0].unsqueeze(0), new, rule, seed, repeats=5))
+        streamed = torch.cat([prompts[0].unsqueeze(0), *parts], dim=2)[0]
+        assert torch.equal(streamed, fast.codes[0])
+
+
+@pytest.mark.parametrize("pattern", GPT_PATTERNS)
+def test_greedy_codes_are_the_argmax_of_one_pass(pattern):
+    model, prompt = make(pattern, seed=2), torch.randint(20, (1, 3, 4))
+    codes = generate(model, prompt, 20, Sampling(0), min_frames=20).codes[0][None]
+    with torch.no_grad():
+        best = model(codes)[..., :20].argmax(-1)
+    last = 24 - 2 * (pattern == "delay")  # what ends later than the codes sees another future
+    assert torch.equal(best[:, :, 4:last], codes[:, :, 4:last])
+
+
+def test_the_mean_of_samples_follows_the_model():
+    """One step drawn many times has the probabilities of one pass."""
+    model, prompt = make(levels=1), torch.randint(20, (1, 1, 3))
+    drawn = generate(model, prompt.expand(3000, -1, -1), 1, min_frames=1).codes
+    counts = torch.bincount(torch.stack([c[0, 3] for c in drawn]), minlength=20) / 3000
+    p = model(prompt)[0, 0, 3, :20].softmax(-1)
+    assert (counts - p).abs().max() < 0.04
+
+
+def test_stops():
+    model = make(levels=1)
+    model.head.weight.data.zero_()
+    always = model.head.weight.data
+    hidden = model.step(torch.full((1, 1, 1), 21), None, model.caches(1))[0]
+    always[20] = hidden  # the end is the likeliest at the first step
+    found = generate(model, None, 9, Sampling(0))
+    assert found.reasons == ["end"] and found.codes[0].shape == (1, 0)
+    assert list(stream(model, None, 9, Sampling(0))) == []
+    found = generate(model, None, 9, Sampling(0), min_frames=3)
+    assert found.codes[0].shape[1] >= 3
+    always.zero_()  # all equal: greedy says code 0 for ever
+    assert generate(model, None, 9, Sampling(0)).reasons == ["length"]
+    found = generate(model, None, 9, Sampling(0), repeats=4)
+    assert found.reasons == ["repeats"] and found.codes[0].shape[1] == 4
+
+
+def test_finished_rows_leave_the_batch():
+    model, sizes = make(levels=1, seed=3), []
+    step = model.step
+    model.step = lambda sequence, *rest: sizes.append(len(sequence)) or step(sequence, *rest)
+    found = generate(model, [torch.randint(20, (1, 5)) for _ in range(12)], 60, Sampling(2.0), 4)
+    assert "end" in found.reasons
+    assert sizes[0] == 12 > sizes[-1]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_depth_decoder_sees_coarser_levels_only():
+    inside = DepthDecoder(INSIDE, 24, 4, 20).double()
+    hidden, codes = torch.randn(5, 24).double(), torch.randint(20, (5, 4))
+    for q in range(4):
+        other = codes.clone()
+        other[:, q] = (other[:, q] + 1) % 20
+        moved = (inside(hidden, other) - inside(hidden, codes)).abs().amax((0, 2)) > 0
+        assert moved.tolist() == [q < level for level in (1, 2, 3)]
+
+
+def test_nll_by_hand_and_in_bits_per_second():
+    model, data = make(levels=1), clips(5)
+    found = likelihood(model, data, batch_size=2)
+    for index, codes in enumerate(data.codes):
+        logp = model(codes.long()[None])[0, 0].detach().double().log_softmax(-1)
+        by_hand = -sum(float(logp[t, int(c)]) for t, c in enumerate(codes[0]))
+        assert math.isclose(found.nll[index, 0], by_hand, rel_tol=1e-4)
+        ranks = [int((logp[t] > logp[t, int(c)]).sum()) for t, c in enumerate(codes[0])]
+        assert found.right[index, 0] == sum(r == 0 for r in ranks)
+        assert found.among_ten[index, 0] == sum(r < 10 for r in ranks)
+    row = found.level()
+    assert math.isclose(row["perplexity"], math.exp(row["nll"]))
+    assert math.isclose(found.bits_per_second, 50 * row["nll"] / math.log(2))
+    assert found.estimate().low < row["nll"] < found.estimate().high
+    assert "| 1 |" in likelihood_table(found)
+
+
+@pytest.mark.parametrize("pattern", GPT_PATTERNS)
+def test_the_end_counts_in_the_loss_only_where_it_is_real(pattern):
+    model, data = make(pattern), clips(3, levels=3)
+    batch = data.batch([(0, 0, 4), (1, 0, data.codes[1].shape[1]), (2, 0, 4)])
+    assert batch.ends.tolist() == [False, True, data.codes[2].shape[1] == 4]
+    nll, mask, _ = token_nll(model, batch)
+    assert torch.isfinite(nll).all()
+    for row, end in enumerate(batch.ends):
+        frames = int(batch.mask[row].sum())
+        assert mask[row, 0].sum() == frames + int(end)
+
+
+def test_depth_loss_is_the_mean_over_levels():
+    """With every frame chosen, the sampled loss is the full one, but for the weight of the ends."""
+    from dataclasses import replace
+
+    model, data = make("depth"), clips(4, levels=3)
+    model.config = replace(model.config, depth_share=1.0)
+    batch = data.batch([(i, 0, data.codes[i].shape[1] - 1) for i in range(4)])  # no ends
+    loss, metrics = gpt_loss(model, batch)
+    nll, mask, _ = token_nll(model, batch)
+    each = nll.sum((0, 2)) / mask.sum((0, 2))
+    torch.testing.assert_close(loss, each.mean(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(metrics["nll"], each[0], rtol=1e-4, atol=1e-4)
+
+
+def test_training_learns_and_resumes(tmp_path):
+    """A repeating sequence is learned; a run in two parts ends where one run ends."""
+    pattern = torch.arange(40).remainder(5).view(1, -1).short()
+    data = Clips([pattern[:, i : i + 20] for i in range(16)], [str(i) for i in range(16)])
+    training = GPTTraining(60, 8, 1e-2, 5, save_every=30)
+    config = GPTConfig(8, body=BODY)
+
+    def fresh() -> GPT:
+        torch.manual_seed(0)
+        return GPT(config)
+
+    model, history = train_gpt(fresh(), data, tmp_path / "one", training, data)
+    assert likelihood(model, data).level()["nll"] < 0.2 < history[0]["nll"]
+    assert history[-1]["valid_nll"] == pytest.approx(likelihood(model, data).level()["nll"])
+    import shutil
+
+    (tmp_path / "two").mkdir()
+    shutil.copytree(tmp_path / "one/step-00000030", tmp_path / "two/step-00000030")
+    again, _ = train_gpt(fresh(), data, tmp_path / "two", training, data)
+    for one, two in zip(model.parameters(), again.parameters()):
+        torch.testing.assert_close(one, two)
+
+
+def test_batches_are_cut_and_repeatable():
+    data = clips(20)
+    batches = ClipBatches(data, 4, seed=1, most=10)
+    one, two = batches[3], batches[3]
+    assert torch.equal(one.codes, two.codes) and one.codes.shape[2] <= 10
+    for row, name in enumerate(one.ids):
+        whole = data.codes[int(name.split("-")[1])][0].tolist()
+        part = one.codes[row, 0][one.mask[row]].tolist()
+        starts = [i for i in range(len(whole)) if whole[i : i + len(part)] == part]
+        assert starts
+        assert bool(one.ends[row]) == (starts[-1] + len(part) == len(whole))
+
+
+def test_shards_and_clips(tmp_path):
+    from speechlab.foundations.corpus import embedded_corpus
+    from speechlab.tokenizer.files import write_shards
+    from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
+
+    tokenizer = SpeechTokenizer.from_pretrained("small-causal").fold()
+    corpus = embedded_corpus("smoke").split("test")[:3]
+    write_shards(tokenizer, corpus, tmp_path, n_q=2)
+    read, made = Clips.from_shards(tmp_path), Clips.encode(tokenizer, corpus, 2)
+    assert read.ids == made.ids
+    assert all(torch.equal(a, b) for a, b in zip(read.codes, made.codes))
+    assert read.levels(1).codes[0].shape[0] == 1 and len(read[:2]) == 2
+
+
+def test_matrices_decay_and_tables_do_not():
+    model = make("depth")
+    decayed, free = make_optimizer(model, 1e-3).param_groups
+    names = {id(w): n for n, w in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    assert all("tokens" not in names[id(w)] and w.dim() == 2 for w in decayed["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+
+@pytest.mark.parametrize("config", GPT_CONFIGS.values(), ids=GPT_CONFIGS)
+def test_saved_and_loaded(config, tmp_path):
+    if config.body.dim > 256:
+        config = GPTConfig(16, levels=2, pattern="delay", body=BODY)
+    model = GPT(config)
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == config and str(config.levels) in describe(config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_parity_with_gpt2():
+    """The benchmark's pair: the same logits and the same greedy tokens."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    from gpt import CODES, make_pair
+
+    ours, peer = make_pair()
+    codes = torch.randint(CODES, (2, 1, 30))
+    ids = torch.cat([torch.full((2, 1), CODES + 1), codes[:, 0]], dim=1)
+    wanted = peer(ids).logits[..., :-1]
+    torch.testing.assert_close(ours(codes)[:, 0], wanted, rtol=1e-3, atol=1e-3)
+    theirs = peer.generate(ids, do_sample=False, max_new_tokens=20, min_new_tokens=20,
+                           suppress_tokens=[CODES + 1])[:, 31:]  # fmt: skip
+    found = generate(ours, codes, 20, Sampling(0), min_frames=20).codes
+    assert torch.equal(torch.stack(found)[:, 0, 30:], theirs)
+
+
+def test_view_draws_the_expectation():
+    model, codes = make(levels=1), torch.randint(20, (1, 1, 12))
+    view = NextTokenView(model, codes)
+    torch.testing.assert_close(view.expected, model(codes)[0, 0].softmax(-1))
+    figure = view.draw(5, layer=2)
+    bars = sorted((bar.get_height() for bar in figure.axes[0].patches), reverse=True)
+    np.testing.assert_allclose(bars, view.expected[5].topk(10).values, rtol=1e-5)
+    assert view.maps.shape == (2, 2, 13, 13)
+    view.draw(12)  # the end
+
+
+BAD = [
+    (lambda: GPTConfig(pattern="sideways"), "pattern is 'sideways'"),
+    (lambda: GPTConfig(levels=4, pattern="depth"), "belong together"),
+    (lambda: GPTConfig(levels=1, pattern="depth", depth=INSIDE), "at least 2 levels"),
+    (lambda: GPTConfig(codebook_size=1), "codebook_size 1"),
+    (lambda: GPTConfig(levels=3, input_levels=2, pattern="delay"), "input_levels"),
+    (lambda: make(levels=1)(torch.randint(20, (1, 2, 5))), "2 levels; this model takes 1"),
+    (lambda: make(levels=1)(torch.full((1, 1, 5), 20)), r"codes lie in \[20, 20\].*0 to 19"),
+    (lambda: make(levels=1)(torch.full((1, 1, 5), -1)), r"codes lie in \[-1, -1\]"),
+    (lambda: make(levels=1)(torch.zeros(1, 1, 5)), "integer tensor"),
+    (lambda: make(levels=1)(torch.zeros(1, 1, 200).long()), "201 positions.*context holds 128"),
+    (lambda: generate(make(levels=1), torch.zeros(1, 1, 100).long(), 60), "a prompt of 100 frames"),
+    (lambda: generate(make(levels=1), []), "prompts are empty"),
+    (lambda: generate(make(levels=1), None, 0), "max_frames is 0"),
+    (lambda: generate(make(levels=1), torch.full((1, 1, 3), 25), 5), "codes lie in"),
+    (lambda: generate(make(levels=1), torch.zeros(1, 2, 3).long(), 5), "2 levels"),
+    (lambda: generate(make(levels=1), torch.zeros(1, 1, 3), 5), "integer tensor"),
+    (lambda: next(stream(make(levels=1), torch.zeros(2, 1, 3).long(), 5)), "prompt has 2 rows"),
+    (
+        lambda: Generator(GPT(GPTConfig(20, input_levels=2, body=BODY)), None, 5),
+        "cannot hear what it writes",
+    ),
+    (lambda: Clips([], []), "0 recordings"),
+    (lambda: Clips([torch.zeros(1, 3)], ["a"], [torch.zeros(64, 4)]), "a: 3 frames.*4 of mel"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), BAD)
+def test_bad_input(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
