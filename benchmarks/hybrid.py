@@ -33,7 +33,7 @@ from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
 SMALL = TransformerConfig(dim=96, layers=3, heads=4, context=512)
 LARGE = replace(SMALL, dim=256, layers=5)
 MATCHED = replace(SMALL, ffn_dim=208)  # hybrid: as many parameters as SMALL
-SAME_FLOPS = replace(SMALL, ffn_dim=304)  # tokens only: as many operations as the hybrid
+SAME_FLOPS = replace(SMALL, ffn_dim=264)  # tokens only: as many operations as the hybrid
 SETTINGS = {  # name -> (body, levels heard, mel heard)
     "tokens": (SMALL, 1, None),
     "tokens, 10x": (LARGE, 1, None),

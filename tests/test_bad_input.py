@@ -240,7 +240,8 @@ def test_every_public_function_has_rows():
         return {n for n, f in found.items() if argument in inspect.signature(f).parameters}
 
     assert functions_with(audio, "wav") <= set(TAKES_WAV)
-    for module in (evaluation, judges, losses, teachers, speech_tokenizer, streaming, files, hybrid):
+    others = (evaluation, judges, losses, teachers, speech_tokenizer, streaming, files, hybrid)
+    for module in others:
         assert functions_with(module, "wav") <= set(TAKES_MORE), module.__name__
     assert functions_with(audio, "codes") <= {"plot_codes"}
     assert functions_with(rvq, "codes") <= {"check_codes", "code_sums"}

@@ -222,7 +222,8 @@ def test_the_mel_is_learned_from(tmp_path):
 
 def test_clip_mels_are_aligned_with_codes(tokenizer, corpus):
     clips, framing = Clips.encode(tokenizer, corpus), CausalMel()
-    for mels in (clip_mels(corpus, clips, framing), clip_mels(corpus, clips, framing, tokenizer, 1)):
+    for options in ((), (tokenizer, 1)):
+        mels = clip_mels(corpus, clips, framing, *options)
         assert [m.shape[1] for m in mels] == clips.lengths.tolist()
     wanted = framing(tokenizer.decode(clips.codes[2][:1].long()[None]))[0]
     torch.testing.assert_close(mels[2].float(), wanted, rtol=2e-3, atol=2e-3)
@@ -278,7 +279,8 @@ def test_the_published_sizes():
                 ("hybrid", HybridGPT, HYBRID_CONFIGS["hybrid"]),
             )
         }  # fmt: skip
-    assert 3.6 < counts["gpt-s"] < 3.8 and 39 < counts["gpt-l"] < 42 and 3.6 < counts["hybrid"] < 4.1
+    assert 3.6 < counts["gpt-s"] < 3.8 and 39 < counts["gpt-l"] < 42
+    assert 3.6 < counts["hybrid"] < 4.1
 
 
 def small_report() -> dict:
@@ -317,7 +319,7 @@ def test_the_stored_study_is_whole(data):
     small = rows["tokens"]["parameters"]
     assert abs(rows["hybrid"]["parameters"] / small - 1) < 0.01
     assert 9 < rows["tokens, 10x"]["parameters"] / small < 12
-    assert abs(rows["tokens, same FLOPs"]["mflops"] / rows["hybrid"]["mflops"] - 1) < 0.02
+    assert abs(rows["tokens, same FLOPs"]["mflops"] / rows["hybrid"]["mflops"] - 1) < 0.03
 
 
 def test_the_study_runs(tmp_path):
@@ -332,17 +334,18 @@ def test_the_study_runs(tmp_path):
     assert report["runs"][2]["fed"].keys() == {"level 1", "levels 1-4", "levels 1-8"}
 
 
+CODES = torch.zeros(1, 1, 5).long()
 BAD = [
-    (lambda t: make()(torch.zeros(1, 1, 5).long(), None, torch.zeros(1, 64, 4)), r"mel is \(1, 64, 4\)"),
-    (lambda t: make()(torch.zeros(1, 1, 5).long(), None, None), "mel is a NoneType"),
-    (lambda t: make()(torch.zeros(1, 1, 5).long(), None, torch.full((1, 64, 5), torch.nan)), "NaN"),
+    (lambda t: make()(CODES, None, torch.zeros(1, 64, 4)), r"mel is \(1, 64, 4\)"),
+    (lambda t: make()(CODES, None, None), "mel is a NoneType"),
+    (lambda t: make()(CODES, None, torch.full((1, 64, 5), torch.nan)), "NaN"),
     (lambda t: HybridConfig(pattern="delay", levels=2), "parallel or depth"),
     (lambda t: HybridConfig(body=replace(BODY, context=4096)), "mel's context"),
     (lambda t: CausalMel(hop_length=2000), "hop_length 2000 exceeds n_fft 1024"),
     (lambda t: CausalMel(lookahead=5).stream(torch.zeros(1, 1, 320)), "lookahead is 5"),
     (lambda t: continue_wav(make(DEPTH), t, torch.zeros(1, 1, 0)), "wav"),
     (lambda t: continue_wav(make(DEPTH), t, torch.zeros(2, 1, 320)), "2 signals"),
-    (lambda t: continue_wav(make(DEPTH), t, torch.zeros(1, 1, 320 * 120)), "a prompt of 120 frames"),
+    (lambda t: continue_wav(make(DEPTH), t, torch.zeros(1, 1, 320 * 120)), "a prompt of 120"),
     (lambda t: continue_wav(make(DEPTH), t, torch.zeros(1, 1, 3200), 0.0), "max_frames is 0"),
     (
         lambda t: continue_wav(make(replace(DEPTH, codebook_size=64)), t, torch.zeros(1, 1, 3200)),
