@@ -84,20 +84,32 @@ def prepare(corpus: Corpus, tokenizer: SpeechTokenizer, cache: Path) -> dict:
     for name, levels in (("level 1", 1), ("levels 1-4", 4), ("levels 1-8", 8)):
         mels[name] = clip_mels(corpus, clips, framing, tokenizer, levels)
     mels["centred"] = [centred_mel(utterance.wav, framing)[0].half() for utterance in corpus]
-    mels["another"] = []
-    for index, codes in enumerate(clips.codes):  # the next recording's, repeated if it is shorter
-        other, frames = mels["recording"][(index + 1) % len(clips)], codes.shape[1]
-        repeated = other.repeat(1, -(-frames // other.shape[1]))
-        mels["another"].append(repeated[:, :frames].clone())
     found = {"codes": clips.codes, "ids": clips.ids, "mels": mels}
     cache.parent.mkdir(parents=True, exist_ok=True)
     torch.save(found, cache)
     return found
 
 
+def another(found: dict) -> list[torch.Tensor]:
+    """For each recording the mel of one drawn at random, repeated where it is shorter.
+
+    At random: neighbours would not do. In the music corpus the bands take turns, so the next
+    piece's sound tells which band plays this one.
+    """
+    order = np.random.default_rng(0).permutation(len(found["ids"]))
+    other = dict(zip(order.tolist(), np.roll(order, 1).tolist()))
+    mels = []
+    for index, codes in enumerate(found["codes"]):
+        mel, frames = found["mels"]["recording"][other[index]], codes.shape[1]
+        mels.append(mel.repeat(1, -(-frames // mel.shape[1]))[:, :frames])
+    return mels
+
+
 def make_clips(found: dict, heard: int, mel: str | None) -> Clips:
     """Recordings with the levels and the mels that a setting uses."""
     codes = [codes[:heard] for codes in found["codes"]]
+    if mel == "another":
+        return Clips(codes, found["ids"], another(found))
     return Clips(codes, found["ids"], found["mels"][mel] if mel else None)
 
 

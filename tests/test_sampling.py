@@ -139,7 +139,7 @@ def test_repetition_aware_redraws_from_everything():
     share = sum(token != 0 for token in drawn) / 200
     wanted = 1 - float(logits.softmax(-1)[0, 0])
     assert abs(share - wanted) < 0.12
-    assert Sampling.valle2() == Sampling(top_p=0.8, window=10, repeat_ratio=0.1)
+    assert Sampling.valle2() == Sampling(top_k=25, top_p=0.8, window=10, repeat_ratio=0.1)
 
 
 def test_temperature():

@@ -71,10 +71,10 @@ def penalise_repeats(
     reduced = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(counts > 0, reduced, logits)
 
-# %% ../../nbs/foundations/08_sampling.ipynb #562e189b
+# %% ../../nbs/foundations/08_sampling.ipynb #c7c19f8c
 @dataclass(frozen=True)
 class Sampling:
-    "How a token is chosen. Filters apply in the order of the fields; 0 or 1 switches them off."
+    "How a token is chosen: penalty, temperature, then the filters top-k, top-p and min-p."
 
     temperature: float = 1.0  # divides the logits; 0: always the likeliest
     top_k: int = 0  # 0: all
@@ -100,8 +100,8 @@ class Sampling:
 
     @classmethod
     def valle2(cls) -> "Sampling":
-        "Repetition-aware sampling as in VALL-E 2: nucleus 0.8, window 10, ratio 0.1."
-        return cls(top_p=0.8, window=10, repeat_ratio=0.1)
+        "Repetition-aware sampling as in VALL-E 2: k 25, nucleus 0.8, window 10, ratio 0.1."
+        return cls(top_k=25, top_p=0.8, window=10, repeat_ratio=0.1)
 
     def filtered(self, logits: Tensor, history: Tensor | None = None) -> Tensor:
         "Logits (B, V) after penalty, temperature and filters. Temperature 0 is left to the caller."

@@ -173,7 +173,7 @@ def check_mel(mel: Tensor | None, codes: Tensor, config: HybridConfig) -> None:
 
 
 
-# %% ../../nbs/lm/03_hybrid.ipynb #02db7260
+# %% ../../nbs/lm/03_hybrid.ipynb #1820afff
 class DecodedMel:
     """Hears what the model writes: codes -> sound -> mel slice, one frame at a time.
 
@@ -216,7 +216,7 @@ class DecodedMel:
         )
 
     def step(self, codes: Tensor) -> Tensor:  # (B, K, 1) -> (B, n_mels, 1)
-        "The slices of one new frame; rows that have ended hear silence."
+        "The slices of one new frame; rows that have ended get zeros, which nothing uses."
         slices = []
         size = self.stream.tokenizer.config.rvq.codebook_size
         for row, (state, past) in enumerate(self.states):
@@ -301,7 +301,7 @@ def clip_mels(
         mels.append(framing(wav)[0].half())
     return mels
 
-# %% ../../nbs/lm/03_hybrid.ipynb #0d9e7bf7
+# %% ../../nbs/lm/03_hybrid.ipynb #7ed63e8d
 PAPER_TABLE = (  # LibriSpeech, as printed: parameters (M), NLL, accuracy (%), perplexity
     ("GPT-S", 3.7, 2.02, 34.18, 7.54), ("GPT-L", 40.0, 1.94, 34.82, 6.96),
     ("hybrid", 4.0, 1.93, 35.05, 6.96),
@@ -309,8 +309,9 @@ PAPER_TABLE = (  # LibriSpeech, as printed: parameters (M), NLL, accuracy (%), p
 STUDY_KINDS = {  # what a setting of benchmarks/hybrid.py adds to the small GPT
     "parameters": ("tokens, 10x", "tokens, same FLOPs"),
     "nothing": ("mel of another recording",),
+    "form": ("mel decoded from level 1",),  # no information that the tokens do not hold
     "information": (
-        "hybrid", "mel one frame late", "levels 1-4 heard, no mel", "mel decoded from level 1",
+        "hybrid", "mel one frame late", "levels 1-4 heard, no mel",
         "mel decoded from levels 1-4", "mel decoded from levels 1-8",
     ),
     "leakage": ("leak: centred frames", "leak: off by one"),
@@ -338,15 +339,15 @@ def study_rows(report: dict) -> list[dict]:
 
 def study_table(report: dict) -> str:
     "The study as a Markdown table."
-    head = "| heard | parameters | MFLOPs | NLL | accuracy | perplexity | NLL minus tokens |"
-    lines = [head, "|" + "---|" * 7]
+    names = ("heard", "parameters", "MFLOPs", "NLL", "train NLL", "accuracy", "perplexity")
+    lines = [f"| {' | '.join(names)} | NLL minus tokens |", "|" + "---|" * 8]
     for row in study_rows(report):
         less = row.get("minus tokens")
         interval = "" if less is None else f"{less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}]"
         lines.append(
             f"| {row['name']} | {row['parameters'] / 1e6:.2f} M | {row['mflops']:.2f} | "
-            f"{row['nll'].value:.3f} | {row['accuracy']:.1%} | {row['perplexity']:.2f} | "
-            f"{interval} |"
+            f"{row['nll'].value:.3f} | {row['train_nll']:.3f} | {row['accuracy']:.1%} | "
+            f"{row['perplexity']:.2f} | {interval} |"
         )
     return "\n".join(lines)
 
@@ -355,7 +356,7 @@ def plot_study(report: dict, ax: plt.Axes | None = None) -> plt.Axes:
     "What each setting gains over the small GPT, by what the gain consists of."
     ax = ax or plt.subplots(figsize=(8, 3.6), layout="constrained")[1]
     rows = {row["name"]: row for row in study_rows(report)}
-    colours = dict(zip(STUDY_KINDS, ("#999999", "#000000", "#0072B2", "#D55E00")))
+    colours = dict(zip(STUDY_KINDS, ("#999999", "#000000", "#56B4E9", "#0072B2", "#D55E00")))
     for kind, names in STUDY_KINDS.items():
         for name in [name for name in names if name in rows]:
             gain = rows[name]["minus tokens"]

@@ -109,7 +109,7 @@ def compose(
             notes.append(Note(when, length, int(scale[place]), 0.2, "chords"))
     return notes
 
-# %% ../../nbs/lm/04_music.ipynb #ed32e05e
+# %% ../../nbs/lm/04_music.ipynb #c0df26a5
 def render(
     notes: list[Note],
     band: dict[str, Timbre],
@@ -127,7 +127,7 @@ def render(
         sound = _one_note(note, band[note.part], sample_rate, rng)
         first = int(note.start * sample_rate)
         mix[first : first + len(sound)] += sound[: len(mix) - first]
-    mix *= 0.7 / np.abs(mix).max()
+    mix *= 0.7 / max(np.abs(mix).max(), 1e-9)  # a note above half the sample rate is silent
     return torch.from_numpy(mix.astype(np.float32)).view(1, 1, -1)
 
 

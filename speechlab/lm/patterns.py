@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-# %% ../../nbs/lm/01_patterns.ipynb #f413f47a
+# %% ../../nbs/lm/01_patterns.ipynb #7e951887
 PATTERNS = ("flatten", "parallel", "delay", "partial delay", "coarse first", "grouped", "depth")
 ALIGNED = ("parallel", "depth")  # step t writes frame t: nothing is moved
 
@@ -61,8 +61,8 @@ class Pattern:
 
     @property
     def passes(self) -> int:
-        "Forward passes to write the grid: one a step; in an inner pattern also one a code."
-        return len(self.steps) + (self.levels * self.frames if self.inner else 0)
+        "Forward passes to write the grid: one a step; inner patterns add one for each finer code."
+        return len(self.steps) + ((self.levels - 1) * self.frames if self.inner else 0)
 
 # %% ../../nbs/lm/01_patterns.ipynb #c6c0d12a
 @lru_cache(maxsize=256)
