@@ -22,12 +22,12 @@ import torch
 
 from speechlab.foundations.audio import log_mel
 from speechlab.foundations.corpus import Corpus, embedded_corpus
-from speechlab.foundations.evaluation import paired_difference
 from speechlab.foundations.machine import cache_folder, device_name, library_versions
 from speechlab.foundations.transformer import TransformerConfig, flops_per_position
 from speechlab.lm.gpt import GPT, Clips, GPTConfig, GPTTraining, likelihood, train_gpt
 from speechlab.lm.hybrid import CausalMel, HybridConfig, HybridGPT, clip_mels
 from speechlab.lm.music import music_corpus
+from speechlab.tokenizer.files import fingerprint
 from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
 
 SMALL = TransformerConfig(dim=96, layers=3, heads=4, context=512)
@@ -53,7 +53,7 @@ FED = {  # measured besides: a trained setting -> mels it is then given
     "mel decoded from levels 1-4": ("level 1", "recording"),
     "mel decoded from levels 1-8": ("level 1", "recording"),
 }
-RATES = {"tokens": (2e-3, 4e-3, 8e-3), "tokens, 10x": (2e-3, 4e-3)}
+RATES = {"tokens": (2e-3, 4e-3, 8e-3, 1.6e-2), "tokens, 10x": (1e-3, 2e-3, 4e-3)}
 SPLITS = {"speech": ("gpu", 13_000, 300, 600), "music": ("gpu", 3000, 100, 200)}
 QUICK = {"speech": ("smoke", 32, 8, 8), "music": ("smoke", 24, 8, 8)}
 
@@ -158,21 +158,33 @@ def one_run(name: str, seed: int, rate: float, steps: int, splits: dict, on: str
     return row
 
 
-def differences(runs: list[dict]) -> dict:
-    """Per seed: NLL of each setting minus that of both GPTs, with intervals over recordings."""
-    found: dict[str, dict] = {}
-    known = {(run["name"], run["seed"]): run for run in runs}
-    for (name, seed), run in known.items():
-        for base in ("tokens", "tokens, 10x"):
-            if (base, seed) not in known or name == base:
-                continue
-            other = known[base, seed]
-            difference = paired_difference(
-                np.multiply(run["each"], run["frames"]), np.multiply(other["each"], run["frames"]),
-                run["frames"],
-            )  # fmt: skip
-            found.setdefault(name, {}).setdefault(base, []).append(difference[:3])
-    return found
+def by_voice(run: dict, corpus: Corpus) -> dict[str, float]:
+    """NLL of each voice (or band) of the test split: the unit that intervals are over."""
+    nll, frames = np.multiply(run["each"], run["frames"]), np.array(run["frames"])
+    speakers = np.array([entry.speaker for entry in corpus.entries])
+    return {
+        voice: round(float(nll[speakers == voice].sum() / frames[speakers == voice].sum()), 5)
+        for voice in sorted(set(speakers.tolist()))
+    }
+
+
+def make_report(data: str, codec: str, steps: int, parts: dict, runs: list[dict]) -> dict:
+    """What is published of a study."""
+    order = list(SETTINGS)
+    final = [run for run in runs if run["on"] == "test"]
+    final.sort(key=lambda run: (run["seed"], order.index(run["name"])))
+    keys = ("name", "rate", "nll", "train_nll")
+    return {
+        "data": data, "codec": codec, "steps": steps, "machine": device_name("cpu"),
+        "versions": library_versions("speechlab", "torch"),
+        "splits": {name: repr(part) for name, part in parts.items()},
+        "rates_tried": [{k: run[k] for k in keys} for run in runs if run["on"] == "valid"],
+        "runs": [
+            {k: v for k, v in run.items() if k not in ("each", "frames")}
+            | {"by_voice": by_voice(run, parts["test"])}
+            for run in final
+        ],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -190,18 +202,23 @@ def main() -> None:
     steps, seeds = (4, 1) if options.quick else (options.steps, options.seeds)
     codec = {"speech": "small-causal", "music": "music-causal"}[options.data]
     tokenizer = SpeechTokenizer.from_pretrained(codec).fold()
-    place = cache_folder() / "hybrid" / f"{options.data}{'-quick' * options.quick}"
     parts = corpora(options.data, options.quick)
+    counts = "-".join(str(len(part)) for part in parts.values())
+    place = cache_folder() / "hybrid" / f"{options.data}-{counts}-{fingerprint(tokenizer):08x}"
     splits = {name: prepare(part, tokenizer, place / f"{name}.pt") for name, part in parts.items()}
     raw = options.out.with_suffix(".runs.json")  # every run, with its recordings; not committed
-    runs = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else []
+    key = json.dumps([str(place.name), steps, {k: repr(v) for k, v in SETTINGS.items()}])
+    kept = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {"key": key, "runs": []}
+    if kept["key"] != key:
+        raise SystemExit(f"{raw} holds runs of another study; delete it or choose another OUT")
+    runs = kept["runs"]
 
     def run(name: str, seed: int, rate: float, steps: int, on: str) -> dict:
         for done in runs:
             if (done["name"], done["seed"], done["rate"], done["on"]) == (name, seed, rate, on):
                 return done
         runs.append(one_run(name, seed, rate, steps, splits, on))
-        raw.write_text(json.dumps(runs), encoding="utf-8")
+        raw.write_text(json.dumps(kept), encoding="utf-8")
         print(f"{name:28} seed {seed} rate {rate:g} on {on}: NLL {runs[-1]['nll']:.3f}, "
               f"train {runs[-1]['train_nll']:.3f}, {runs[-1]['cpu_seconds']:.0f} s", flush=True)
         return runs[-1]
@@ -214,18 +231,7 @@ def main() -> None:
         for name in SETTINGS:
             rate = chosen[name if name in chosen else "tokens"]
             run(name, seed, rate, steps, "test")
-    final = [r for r in runs if r["on"] == "test"]
-    hidden = ("each", "frames")
-    report = {
-        "data": options.data, "codec": codec, "steps": steps, "machine": device_name("cpu"),
-        "versions": library_versions("speechlab", "torch"),
-        "splits": {name: repr(part) for name, part in parts.items()},
-        "rates_tried": [
-            {k: r[k] for k in ("name", "rate", "nll")} for r in runs if r["on"] == "valid"
-        ],
-        "runs": [{k: v for k, v in r.items() if k not in hidden} for r in final],
-        "differences": differences(final),
-    }  # fmt: skip
+    report = make_report(options.data, codec, steps, parts, runs)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -99,15 +99,16 @@ def test_cache_batch_and_stream_agree(pattern, lengths, new, seed, rule):
     fast = generate(model, prompts, new, rule, seed, repeats=5)
     slow = generate(model, prompts, new, rule, seed, repeats=5, cached=False)
     assert fast.reasons == slow.reasons
-    for one, two, prompt in zip(fast.codes, slow.codes, prompts):
+    for row, (one, two, prompt) in enumerate(zip(fast.codes, slow.codes, prompts)):
         assert torch.equal(one, two)
+        alone = generate(model, [prompt], new, rule, seed, repeats=5, first_row=row)
+        assert torch.equal(one, alone.codes[0]) and alone.reasons[0] == fast.reasons[row]
         assert torch.equal(one[:, : prompt.shape[1]], prompt)
         assert one.shape[1] <= prompt.shape[1] + new
         assert int(one.max() if one.numel() else 0) < 20
-    if rule.temperature == 0 or len(prompts) == 1:  # row i draws from seed + i
-        parts = list(stream(model, prompts[0].unsqueeze(0), new, rule, seed, repeats=5))
-        streamed = torch.cat([prompts[0].unsqueeze(0), *parts], dim=2)[0]
-        assert torch.equal(streamed, fast.codes[0])
+    parts = list(stream(model, prompts[0].unsqueeze(0), new, rule, seed, repeats=5))
+    streamed = torch.cat([prompts[0].unsqueeze(0), *parts], dim=2)[0]
+    assert torch.equal(streamed, fast.codes[0])
 
 
 @pytest.mark.parametrize("pattern", GPT_PATTERNS)
@@ -295,6 +296,47 @@ def test_parity_with_gpt2():
     assert torch.equal(torch.stack(found)[:, 0, 30:], theirs)
 
 
+@pytest.mark.parametrize(("pattern", "frames"), [("parallel", 40), ("delay", 38), ("flatten", 13)])
+def test_prompts_up_to_the_last_position(pattern, frames):
+    """As many frames as the context of 40 positions holds, and not one more."""
+    body = TransformerConfig(24, 1, 2, context=40)
+    model = GPT(GPTConfig(20, 3, pattern=pattern, body=body)).eval()
+    prompt = torch.randint(20, (1, 3, frames - 4))
+    found = generate(model, prompt, 4, min_frames=9)
+    assert found.codes[0].shape[1] == frames
+    with pytest.raises(ValueError, match=f"holds {frames} frames"):
+        generate(model, prompt, 5)
+
+
+def test_training_goes_through_forward(tmp_path):
+    """What distributed training wraps is called, not walked around."""
+    from speechlab.lm.gpt import _Learner
+
+    data = clips(8)
+    learner = torch.nn.ModuleDict({"inner": _Learner(make(levels=1))})
+    calls = []
+    learner["inner"].register_forward_hook(lambda *_: calls.append(1))
+    loss, _ = learner["inner"](ClipBatches(data, 4)[0])
+    loss.backward()
+    assert calls and all(w.grad is not None for w in learner.parameters())
+
+
+def test_int16_codes_are_codes():
+    model, codes = make(levels=1), torch.randint(20, (1, 1, 9))
+    assert torch.equal(model(codes.short()), model(codes))
+
+
+def test_penalties_reach_the_finer_levels():
+    """With a huge penalty no level of a depth model repeats itself within the window."""
+    rule = Sampling(0, penalty=1e4, window=6)
+    model = make("depth", seed=4)
+    model.depth.heads.apply(lambda m: m.bias.data.add_(8) if hasattr(m, "bias") else None)
+    codes = generate(model, torch.randint(20, (1, 3, 8)), 30, rule, min_frames=30).codes[0]
+    for q in range(3):
+        for t in range(8, 38):
+            assert codes[q, t] not in codes[q, t - 6 : t]
+
+
 def test_view_draws_the_expectation():
     model, codes = make(levels=1), torch.randint(20, (1, 1, 12))
     view = NextTokenView(model, codes)
@@ -317,7 +359,15 @@ BAD = [
     (lambda: make(levels=1)(torch.full((1, 1, 5), -1)), r"codes lie in \[-1, -1\]"),
     (lambda: make(levels=1)(torch.zeros(1, 1, 5)), "integer tensor"),
     (lambda: make(levels=1)(torch.zeros(1, 1, 200).long()), "201 positions.*context holds 128"),
-    (lambda: generate(make(levels=1), torch.zeros(1, 1, 100).long(), 60), "a prompt of 100 frames"),
+    (
+        lambda: make(levels=1)(torch.zeros(1, 1, 3).long(), torch.tensor([[False, True, True]])),
+        "True from the start",
+    ),
+    (lambda: generate(make(levels=1), torch.zeros(1, 1, 100).long(), 60), "100 frames.*holds 128"),
+    (
+        lambda: generate(make("flatten"), torch.zeros(1, 3, 30).long(), 20),
+        "128 positions holds 42 frames",
+    ),
     (lambda: generate(make(levels=1), []), "prompts are empty"),
     (lambda: generate(make(levels=1), None, 0), "max_frames is 0"),
     (lambda: generate(make(levels=1), torch.full((1, 1, 3), 25), 5), "codes lie in"),
@@ -329,6 +379,10 @@ BAD = [
         "cannot hear what it writes",
     ),
     (lambda: Clips([], []), "0 recordings"),
+    (
+        lambda: NextTokenView(make(levels=1), torch.zeros(1, 1, 5).long()).draw(2, 3),
+        "layers 1 to 2",
+    ),
     (lambda: Clips([torch.zeros(1, 3)], ["a"], [torch.zeros(64, 4)]), "a: 3 frames.*4 of mel"),
 ]
 

@@ -31,6 +31,28 @@ def test_revert_undoes_build(name, levels, frames):
     assert sorted(laid[laid != 99].tolist()) == sorted(codes.flatten().tolist())
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+@given(**sizes)
+def test_pick_up_undoes_lay_out(name, levels, frames):
+    pattern, codes = make_pattern(name, levels, frames), torch.randint(50, (2, levels, frames))
+    laid, real = pattern.lay_out(codes, 99)
+    assert laid.shape[1] == len(pattern) and real.shape == laid.shape[1:]
+    assert torch.equal(pattern.pick_up(laid), codes)
+    assert (laid[:, ~real] == 99).all() and int(real.sum()) == levels * frames
+    for step, places in enumerate(pattern.steps):
+        wanted = [int(codes[0, q, t]) for t, q in places]
+        assert laid[0, step, : len(places)].tolist() == wanted
+
+
+def test_tables_kept_in_inference_mode_serve_in_training():
+    with torch.inference_mode():
+        build(torch.zeros(1, 5, 37).long(), "delay", 9)
+        revert(torch.zeros(1, 5, 41, 3), "delay", 37)
+    x = torch.zeros(1, 5, 41, 3, requires_grad=True)
+    revert(x, "delay", 37).sum().backward()
+    assert x.grad.sum() == 5 * 37 * 3
+
+
 @pytest.mark.parametrize("name", BUILDABLE)
 def test_revert_takes_logits(name):
     codes = torch.randint(50, (2, 3, 7))

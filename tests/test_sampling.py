@@ -110,13 +110,20 @@ def test_a_batch_draws_what_its_rows_draw_alone(rule):
     torch.manual_seed(0)
     logits, histories = torch.randn(6, 3, 9), [torch.full((3, 6), -1)]
     together = Sampler(rule, 5, 3)
-    alone = [Sampler(rule, 5 + i, 1) for i in range(3)]
+    alone = [Sampler(rule, 5, 1, first_row=i) for i in range(3)]
     for step in range(6):
         history = histories[-1]
         tokens = together(logits[step], history)
         each = [alone[i](logits[step, i : i + 1], history[i : i + 1])[0] for i in range(3)]
         assert tokens.tolist() == [int(token) for token in each]
         histories.append(torch.cat([history[:, 1:], tokens[:, None]], dim=1))
+
+
+def test_no_two_seeds_share_a_stream():
+    """Rows of neighbouring seeds draw different numbers."""
+    logits = torch.zeros(3, 1000)
+    drawn = torch.cat([Sampler(Sampling(), seed, 3)(logits) for seed in range(20)])
+    assert len(drawn.unique()) > 50  # of 60; equal streams would give 22
 
 
 def test_leaving_rows_do_not_move_the_others():
@@ -144,7 +151,9 @@ def test_repetition_aware_redraws_from_everything():
 
 def test_temperature():
     logits = torch.tensor([[1.0, 2.0, 4.0]])
-    torch.testing.assert_close(Sampling(0.5).filtered(logits), logits / 0.5)
+    found = Sampling(0.5).filtered(logits).softmax(-1)
+    torch.testing.assert_close(found, (logits / 0.5).softmax(-1))
+    assert int(Sampler(Sampling(1e-40))(logits)[0]) == 2
     assert int(Sampler(Sampling(0))(logits)[0]) == 2
 
 

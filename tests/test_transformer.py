@@ -26,6 +26,7 @@ from speechlab.foundations.transformer import (
     rotate,
 )
 
+X = torch.randn(1, 3, 32)
 KINDS = {
     "llama": TransformerConfig(32, 2, 4, context=64),
     "gpt2": TransformerConfig.gpt2(dim=32, layers=2, heads=4, context=64),
@@ -272,6 +273,16 @@ def test_a_prefix_is_seen_by_all_and_sees_no_later_position():
     assert (moved[:6] == 0).all() and (moved[6:] > 1e-6).all()
 
 
+def test_a_prefix_counts_real_positions():
+    """In a row that is padded on the left, the prefix starts after the padding."""
+    model, own = make("llama"), torch.randn(1, 8, 32)
+    padded = torch.cat([torch.full((1, 4, 32), 9.0), own], dim=1)
+    cache = KVCache(model.config, 1, padding=torch.tensor([4]))
+    with torch.no_grad():
+        found = model(padded, prefix=3, cache=cache)[:, 4:]
+        torch.testing.assert_close(found, model(own, prefix=3), rtol=1e-4, atol=1e-4)
+
+
 def test_memory_in_the_cache_is_computed_once():
     torch.manual_seed(0)
     model = loud(Transformer(TransformerConfig(32, 2, 4, memory_dim=12, condition_dim=5)))
@@ -347,6 +358,22 @@ def test_flops_are_those_of_the_matrices():
         (lambda: TransformerConfig(dim=12, heads=4), "key_dim is 3.*even"),
         (lambda: TransformerConfig(norm="batch"), "norm is 'batch'"),
         (lambda: TransformerConfig(layers=0), "layers is 0"),
+        (lambda: TransformerConfig(heads=4, kv_heads=-2), "kv_heads -2"),
+        (lambda: attention_mask(5, 3), "5 queries and 3 keys"),
+        (
+            lambda: make("llama")(torch.randn(1, 3, 32), cache=KVCache(KINDS["llama"], 2)),
+            "x has 1 rows, the cache 2",
+        ),
+        (lambda: make("llama")(X, memory=X), "no memory_dim"),
+        (
+            lambda: Transformer(TransformerConfig(32, 1, 4, condition_dim=3))(X),
+            "condition is missing",
+        ),
+        (
+            lambda: attention_maps(make("llama"), torch.randn(1, 3, 32),
+                                   cache=KVCache(KINDS["llama"])),
+            "cache is given",
+        ),
         (lambda: make("llama")(torch.randn(1, 65, 32)), "65 positions.*context holds 64"),
         (lambda: make("llama")(torch.randn(1, 0, 32)), "T at least 1"),
         (lambda: make("llama")(torch.randn(1, 5, 31)), r"\(1, 5, 31\).*\(B, T, 32\)"),

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'penalise_repeats', 'Sampling', 'draw', 'Sampler']
 
-# %% ../../nbs/foundations/08_sampling.ipynb #33ee7ec3
+# %% ../../nbs/foundations/08_sampling.ipynb #4ff3f86a
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../../nbs/foundations/08_sampling.ipynb #7e2f4873
+# %% ../../nbs/foundations/08_sampling.ipynb #59f4e4de
 def _check_logits(logits: Tensor) -> None:
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; it must be (B, V)")
-    if not math.isfinite(float(logits.amax(dim=-1).sum())):
+    if not math.isfinite(float(logits.amax(dim=-1).float().sum())):
         raise ValueError("logits hold NaN, +inf or a row of -inf; nothing can be drawn from them")
 
 
@@ -71,7 +72,7 @@ def penalise_repeats(
     reduced = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(counts > 0, reduced, logits)
 
-# %% ../../nbs/foundations/08_sampling.ipynb #c7c19f8c
+# %% ../../nbs/foundations/08_sampling.ipynb #9074e7d1
 @dataclass(frozen=True)
 class Sampling:
     "How a token is chosen: penalty, temperature, then the filters top-k, top-p and min-p."
@@ -93,7 +94,7 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1]")
-        if self.penalty <= 0 or self.window < 1:
+        if not (self.penalty > 0 and self.window >= 1):
             raise ValueError(f"penalty {self.penalty} and window {self.window} must be above 0")
         if not 0 <= self.repeat_ratio <= 1:
             raise ValueError(f"repeat_ratio is {self.repeat_ratio}; it must lie in [0, 1]")
@@ -108,14 +109,14 @@ class Sampling:
         if self.penalty != 1 and history is not None and history.shape[1]:
             logits = penalise_repeats(logits, history[:, -self.window :], self.penalty)
         if self.temperature not in (0, 1):
-            logits = logits / self.temperature
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
         if self.top_k:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p < 1:
             logits = keep_top_p(logits, self.top_p)
         return keep_min_p(logits, self.min_p) if self.min_p else logits
 
-# %% ../../nbs/foundations/08_sampling.ipynb #ed20f65d
+# %% ../../nbs/foundations/08_sampling.ipynb #955bea5b
 def draw(
     logits: Tensor,  # (B, V), -inf where impossible
     uniform: Tensor,  # (B,) in [0, 1)
@@ -137,11 +138,15 @@ class Sampler:
     def __init__(
         self,
         config: Sampling = Sampling(),
-        seed: int = 0,
-        batch: int = 1,  # row i draws from generator seed + i
+        seed: int | tuple[int, ...] = 0,
+        batch: int = 1,
+        first_row: int = 0,  # number of the first row: row i alone draws what it draws in a batch
     ):
-        self.config = config
-        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(batch)]
+        self.config, self.generators = config, []
+        start = seed if isinstance(seed, tuple) else (seed,)
+        for row in range(first_row, first_row + batch):  # (seed, row): no two streams are alike
+            state = np.random.SeedSequence((*start, row)).generate_state(1, np.uint64)
+            self.generators.append(torch.Generator().manual_seed(int(state[0])))
 
     def select(self, rows: Tensor) -> None:
         "Keep these rows: a bool mask (B,)."

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/foundations/07_transformer.ipynb #760ad14b
+# %% ../../nbs/foundations/07_transformer.ipynb #95870073
 @dataclass(frozen=True)
 class TransformerConfig:
     "Every choice of a stack of blocks. The defaults are Llama's; GPT-2's are one call away."
@@ -46,7 +46,7 @@ class TransformerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dim % self.heads and self.key_dim is None:
             raise ValueError(f"dim {self.dim} is no multiple of heads {self.heads}; give key_dim")
-        if self.heads % (self.kv_heads or self.heads):
+        if (self.kv_heads or 1) < 1 or self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
         known = {
             "norm": ("rms", "layer"),
@@ -143,7 +143,7 @@ def rotate(
     "Turn each pair (x[i], x[i + d_k / 2]) by its angle: Llama's layout of the pairs."
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
-# %% ../../nbs/foundations/07_transformer.ipynb #9002eb6f
+# %% ../../nbs/foundations/07_transformer.ipynb #8f3e6147
 def attention_mask(
     queries: int,
     keys: int,  # at least `queries`; the queries are the last ones
@@ -153,6 +153,8 @@ def attention_mask(
     device: torch.device | str = "cpu",
 ) -> Tensor:  # (1 or B, 1, queries, keys) bool, True: this query may look at this key
     "Who may look at whom. A query always sees itself, so that no row is empty."
+    if queries > keys:
+        raise ValueError(f"{queries} queries and {keys} keys; the queries are the last of the keys")
     places = torch.arange(keys, device=device)
     asking = places[keys - queries :].unsqueeze(1)
     seen = (places <= asking) if causal else torch.ones_like(places <= asking)
@@ -441,16 +443,20 @@ class _Stack(nn.Module):
             x = x + linear(activate(linear(second_norm(x), *up)), *down)
         return x
 
-# %% ../../nbs/foundations/07_transformer.ipynb #680d957e
+# %% ../../nbs/foundations/07_transformer.ipynb #12e8d36e
 class Transformer(_Stack):
     "A stack of blocks between two sequences of vectors: no tokens here, in or out."
 
-    def _positions(self, count: int, cache: KVCache | None) -> tuple[Tensor | slice, int]:
+    def _positions(
+        self, rows: int, count: int, cache: KVCache | None
+    ) -> tuple[Tensor | slice, int]:
         "Which positions these are, as an index of the tables, and how many there are in all."
         start = cache.length if cache else 0
         if start + count > self.config.context:
             raise ValueError(f"{start + count} positions, but the context holds "
                              f"{self.config.context}; shorten the prompt or ask for less")
+        if cache is not None and cache.batch != rows:
+            raise ValueError(f"x has {rows} rows, the cache {cache.batch}")
         if cache is not None and start + count > cache.capacity:
             raise ValueError(f"{start + count} positions, but the cache holds {cache.capacity}")
         if cache is None or cache.padding is None:
@@ -458,13 +464,25 @@ class Transformer(_Stack):
         places = torch.arange(start, start + count, device=cache.padding.device)
         return (places - cache.padding.unsqueeze(1)).clamp(min=0), start + count
 
+    def _check_extras(self, memory, condition, cache: KVCache | None) -> None:
+        "Raise if a second sequence or a condition is given to a model without, or is missing."
+        given = {"memory": memory, "condition": condition}
+        known = {"memory": self.config.memory_dim, "condition": self.config.condition_dim}
+        for name, value in given.items():
+            if value is not None and not known[name]:
+                raise ValueError(f"{name} is given, but this model has no {name}_dim")
+        if self.config.condition_dim and condition is None:
+            raise ValueError("condition is missing: it steers the norms of this model")
+
     def _mask(self, x, keys, causal, mask, prefix, cache) -> Tensor | None:
         "An explicit mask, where the two that are built into the attention do not do."
         count = x.shape[1]
         if mask is not None and mask.shape != (len(x), keys):
             raise ValueError(f"mask has shape {tuple(mask.shape)}; it must be ({len(x)}, {keys})")
-        if mask is None and cache is not None and cache.padding is not None:
-            mask = torch.arange(keys, device=x.device) >= cache.padding.unsqueeze(1)
+        if cache is not None and cache.padding is not None:
+            real = torch.arange(keys, device=x.device) >= cache.padding.unsqueeze(1)
+            mask = real if mask is None else mask & real
+            prefix = None if prefix is None else prefix + cache.padding  # counts real positions
         simple = not causal or count == 1 or count == keys
         if mask is None and prefix is None and simple:
             return None
@@ -484,7 +502,8 @@ class Transformer(_Stack):
         if x.dim() != 3 or x.shape[-1] != self.config.dim or not x.shape[1]:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be "
                              f"(B, T, {self.config.dim}) with T at least 1")
-        where, keys = self._positions(x.shape[1], cache)
+        self._check_extras(memory, condition, cache)
+        where, keys = self._positions(len(x), x.shape[1], cache)
         seen = self._mask(x, keys, causal, mask, prefix, cache)
         direct = causal and seen is None and x.shape[1] > 1
         x = x.to(self.dtype)  # under autocast, too, the residual stream keeps its precision
@@ -502,7 +521,7 @@ class Transformer(_Stack):
             cache.advance(x.shape[1])
         return self.norm(x, condition) if self.config.condition_dim else self.norm(x)
 
-# %% ../../nbs/foundations/07_transformer.ipynb #82235fa5
+# %% ../../nbs/foundations/07_transformer.ipynb #0cd10bb2
 @torch.no_grad()
 def attention_maps(
     model: Transformer,
@@ -510,6 +529,8 @@ def attention_maps(
     **options,  # of Transformer.forward
 ) -> Tensor:  # (layers, B, heads, T, T): rows ask, columns are asked
     "What each head of each layer looks at."
+    if options.get("cache") is not None:
+        raise ValueError("cache is given; maps are of a whole sequence")
     maps, hooks = [], []
 
     def note(attention: Attention, arguments: tuple) -> None:

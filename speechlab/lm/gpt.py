@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPT_PATTERNS', 'GPT_CONFIGS', 'GPTConfig', 'DepthDecoder', 'check_codes', 'GPT', 'ClipBatch', 'Clips', 'ClipBatches',
-           'token_nll', 'gpt_loss', 'Likelihood', 'likelihood', 'GPTTraining', 'make_optimizer', 'train_gpt',
-           'Generated', 'check_prompts', 'Generator', 'generate', 'stream', 'NextTokenView', 'describe',
+           'token_nll', 'gpt_loss', 'Likelihood', 'most_frames', 'likelihood', 'GPTTraining', 'make_optimizer',
+           'train_gpt', 'Generated', 'check_prompts', 'Generator', 'generate', 'stream', 'NextTokenView', 'describe',
            'likelihood_table']
 
 # %% ../../nbs/lm/02_gpt.ipynb #e82b4c47
@@ -102,7 +102,7 @@ GPT_CONFIGS = {
     "gpt-l": GPTConfig(1024, body=TransformerConfig(dim=640, layers=8, heads=10), frame_rate=75.0),
 }  # gpt-s and gpt-l: shapes of the sizes in the Whisper-GPT paper, which does not state any
 
-# %% ../../nbs/lm/02_gpt.ipynb #95ac2079
+# %% ../../nbs/lm/02_gpt.ipynb #2a7c42aa
 class DepthDecoder(nn.Module):
     "Predicts levels 2 to K of a frame, one by one, from the frame's vector (RQ-Transformer)."
 
@@ -130,18 +130,19 @@ class DepthDecoder(nn.Module):
         hidden: Tensor,  # (B, dim)
         first: Tensor,  # (B,) code of level 1
         samplers: Sequence[Sampler],  # of levels 2 to K
+        histories: Sequence[Tensor | None],  # of levels 2 to K, (B, window)
     ) -> Tensor:  # (B, K)
         "Write one frame."
         cache = KVCache(self.body.config, len(hidden), self.levels, hidden.device, hidden.dtype)
         codes, base = [first], self.start(hidden).unsqueeze(1)
-        for table, head, sampler in zip(self.tokens, self.heads, samplers):
+        for table, head, sampler, history in zip(self.tokens, self.heads, samplers, histories):
             found = self.body(base + table(codes[-1]).unsqueeze(1), cache=cache)
-            codes.append(sampler(head(found[:, 0])))
+            codes.append(sampler(head(found[:, 0]), history))
         return torch.stack(codes, dim=1)
 
-# %% ../../nbs/lm/02_gpt.ipynb #d0fc2c5e
-def check_codes(codes: Tensor, config: GPTConfig, frames: int | None = None) -> Tensor:
-    "Raise unless these are codes (B, levels, T) that a model of this config can read."
+# %% ../../nbs/lm/02_gpt.ipynb #ffb443b7
+def check_codes(codes: Tensor, config: GPTConfig) -> Tensor:
+    "Codes (B, levels, T) as int64; raises unless a model of this config can read them."
     if not isinstance(codes, Tensor) or codes.dim() != 3 or codes.is_floating_point():
         found = getattr(codes, "shape", type(codes).__name__)
         raise ValueError(f"codes are {found}; it must be an integer tensor (B, levels, frames)")
@@ -151,7 +152,15 @@ def check_codes(codes: Tensor, config: GPTConfig, frames: int | None = None) -> 
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < config.codebook_size:
         raise ValueError(f"codes lie in [{int(codes.min())}, {int(codes.max())}]; "
                          f"the codebook has entries 0 to {config.codebook_size - 1}")
-    return codes
+    return codes.long()
+
+
+def _check_mask(mask: Tensor | None, codes: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.shape != (codes.shape[0], codes.shape[2]) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(f"mask {tuple(mask.shape)} must be (B, T), True from the start of each "
+                         "row and then False")
 
 # %% ../../nbs/lm/02_gpt.ipynb #f866204c
 class _Hears(nn.Module):
@@ -205,7 +214,7 @@ class _Hears(nn.Module):
         shifted = F.pad(sequence[..., :-1], (1, 0), value=self.config.empty)
         return self.body(self.embed(shifted, extra)), ended
 
-# %% ../../nbs/lm/02_gpt.ipynb #3d96dbd1
+# %% ../../nbs/lm/02_gpt.ipynb #7c9e8966
 class GPT(_Hears, ShippedModel):
     """A GPT over codes `(B, K, T)` of a neural codec.
 
@@ -216,11 +225,13 @@ class GPT(_Hears, ShippedModel):
     def forward(
         self,
         codes: Tensor,  # (B, K, T) integers in [0, codebook_size)
-        mask: Tensor | None = None,  # (B, T) bool, True where a frame is real
+        mask: Tensor | None = None,  # (B, T) bool, True where a frame is real: first, then False
         extra: Tensor | None = None,
     ) -> Tensor:  # logits (B, levels, T + 1, codebook_size + 1); the last entry is `end`
         "Logits of every code, each from what its pattern lets it see."
-        check_codes(codes if mask is None else codes.where(mask.unsqueeze(1), 0), self.config)
+        _check_mask(mask, codes)
+        codes = codes if mask is None else codes.where(mask.unsqueeze(1), 0)
+        codes = check_codes(codes, self.config)
         hidden, ended = self.hidden(codes, mask, extra)
         logits = self.head(hidden).unflatten(-1, (-1, self.config.codebook_size + 1))
         logits = logits.transpose(1, 2)
@@ -236,6 +247,10 @@ class GPT(_Hears, ShippedModel):
         weight = self.head.weight
         options = {"device": weight.device, "dtype": weight.dtype, "padding": padding}
         return (KVCache(self.config.body, batch, **options),)
+
+    def listener(self, prompts: list[Tensor], tokenizer=None, prompt_mels=None):
+        "What a model that hears more than codes needs in generation; a GPT needs nothing."
+        return None
 
     def step(
         self,
@@ -286,7 +301,7 @@ class ClipBatch:
     def __len__(self) -> int:
         return len(self.codes)
 
-# %% ../../nbs/lm/02_gpt.ipynb #7ad47084
+# %% ../../nbs/lm/02_gpt.ipynb #8ae49571
 @dataclass
 class Clips:
     "Recordings as codes, and as mels where a model hears them: what a GPT is trained on."
@@ -321,6 +336,8 @@ class Clips:
         return len(self.codes)
 
     def __getitem__(self, rows: slice) -> "Clips":
+        if not isinstance(rows, slice):
+            raise TypeError(f"Clips are cut by slices, not by {rows!r}; the codes are in .codes")
         mels = None if self.mels is None else self.mels[rows]
         return Clips(self.codes[rows], self.ids[rows], mels)
 
@@ -362,7 +379,14 @@ class ClipBatches(BucketBatches):
             rows.append((index, start, min(length, start + self.most)))
         return self.clips.batch(rows)
 
-# %% ../../nbs/lm/02_gpt.ipynb #ade4c76c
+# %% ../../nbs/lm/02_gpt.ipynb #53e6e742
+def _to_predict(batch: ClipBatch) -> Tensor:
+    "(B, T + 1) bool: the real frames, and the one after them where the recording ends."
+    return F.pad(batch.mask, (1, 0), value=True) & (
+        F.pad(batch.mask, (0, 1)) | batch.ends.unsqueeze(1)
+    )
+
+
 def token_nll(
     model: GPT,
     batch: ClipBatch,
@@ -370,10 +394,7 @@ def token_nll(
     "NLL of every code and of the end; masked where there is nothing to predict."
     logits = model(batch.codes, batch.mask, batch.mel)
     wanted = model._ended(batch.codes[:, : model.config.levels], batch.mask)
-    mask = F.pad(batch.mask, (1, 0), value=True) & (
-        F.pad(batch.mask, (0, 1)) | batch.ends.unsqueeze(1)
-    )
-    mask = mask.unsqueeze(1) & (wanted < model.config.empty)
+    mask = _to_predict(batch).unsqueeze(1) & (wanted < model.config.empty)
     if model.depth is not None:  # the end has no finer levels
         finer = torch.arange(wanted.shape[1], device=wanted.device).view(1, -1, 1) > 0
         mask = mask & ~(finer & (wanted == model.config.end))
@@ -395,12 +416,10 @@ def gpt_loss(model: GPT, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _depth_loss(model: GPT, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
     "As `gpt_loss`, with the finer levels of a random share of the frames only."
-    check_codes(batch.codes.where(batch.mask.unsqueeze(1), 0), model.config)
+    check_codes(batch.codes, model.config)  # padding is 0
     hidden, ended = model.hidden(batch.codes, batch.mask, batch.mel)
     coarse = model.head(hidden)
-    mask = F.pad(batch.mask, (1, 0), value=True) & (
-        F.pad(batch.mask, (0, 1)) | batch.ends.unsqueeze(1)
-    )
+    mask = _to_predict(batch)
     first = F.cross_entropy(coarse[mask].float(), ended[:, 0][mask])
     chosen = F.pad(batch.mask, (0, 1))
     chosen = chosen & (torch.rand(chosen.shape, device=chosen.device) < model.config.depth_share)
@@ -448,7 +467,14 @@ class Likelihood:
         "NLL of a level with a 95 % bootstrap interval over recordings."
         return bootstrap(self.nll[:, q], self.frames)
 
-# %% ../../nbs/lm/02_gpt.ipynb #52b38de4
+# %% ../../nbs/lm/02_gpt.ipynb #66189c07
+def most_frames(config: GPTConfig) -> int:
+    "Frames that the context holds, by the steps of the pattern."
+    context, levels = config.body.context, config.levels
+    held = {"flatten": context // levels, "delay": context - levels + 1}
+    return held.get(config.pattern, context)
+
+
 @torch.no_grad()
 def likelihood(
     model: GPT,
@@ -457,9 +483,7 @@ def likelihood(
     most: int | None = None,  # frames; longer recordings are cut. None: what the context holds
 ) -> Likelihood:
     "Measure a model on recordings, teacher-forced: every code from the true ones before it."
-    most = most or (model.config.body.context - model.config.levels) // (
-        model.config.levels if model.config.pattern == "flatten" else 1
-    )
+    most = most or most_frames(model.config) - 1  # a frame for the end
     device, training = next(model.parameters()).device, model.training
     model.eval()
     order = np.argsort(clips.lengths, kind="stable")
@@ -474,14 +498,14 @@ def likelihood(
         score = logits.gather(-1, wanted.unsqueeze(-1))
         better = (logits > score).sum(dim=-1)
         parts = (nll.where(real, 0), (better == 0) & real, (better < 10) & real)
-        parts = [part.double().sum(dim=-1).cpu().numpy() for part in parts]
+        parts = [part.cpu().double().sum(dim=-1).numpy() for part in parts]
         for place, index in enumerate(chosen):
             rows[index] = [*(part[place] for part in parts), int(batch.mask[place].sum())]
     model.train(training)
     columns = [np.array([rows[i][k] for i in range(len(clips))]) for k in range(4)]
     return Likelihood(*columns, model.config.frame_rate)
 
-# %% ../../nbs/lm/02_gpt.ipynb #f30abd85
+# %% ../../nbs/lm/02_gpt.ipynb #528fcf3f
 @dataclass(frozen=True)
 class GPTTraining:
     "How a GPT of codes is trained."
@@ -511,6 +535,17 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float =
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
+class _Learner(nn.Module):
+    "The loss as a forward pass: distributed training wraps this, and sees every gradient."
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return gpt_loss(self.model, batch)
+
+
 def train_gpt(
     model: GPT,
     clips: Clips,  # with as many levels as the model takes
@@ -525,18 +560,20 @@ def train_gpt(
         workers=training.workers,
     )  # fmt: skip
     floor = min(training.warmup, training.steps - 1)
-    batches = ClipBatches(clips, training.batch_size, training.seed, training.most)
+    most = min(training.most, most_frames(model.config) - 1)
+    batches = ClipBatches(clips, training.batch_size, training.seed, most)
 
     def measured(trainer: Trainer) -> dict[str, float]:
-        found = likelihood(trainer.raw(), validate).level()
+        found = likelihood(trainer.raw().model, validate).level()
         return {f"valid_{name}": value for name, value in found.items()}
 
     trainer = Trainer(
-        model, make_optimizer(model, training.learning_rate, training.weight_decay), gpt_loss,
-        batches, config, folder, cosine(training.steps, floor, 0.1), measured if validate else None,
+        _Learner(model), make_optimizer(model, training.learning_rate, training.weight_decay),
+        lambda learner, batch: learner(batch), batches, config, folder,
+        cosine(training.steps, floor, 0.1), measured if validate else None,
     )  # fmt: skip
     history = trainer.fit()
-    return trainer.raw().cpu().eval(), history
+    return trainer.raw().model.cpu().eval(), history
 
 # %% ../../nbs/lm/02_gpt.ipynb #ea680092
 @dataclass
@@ -594,7 +631,7 @@ class _Row:
         elif self.repeats and self.complete - self.known >= self.repeats and len(set(last)) == 1:
             self.reason = "repeats"
 
-# %% ../../nbs/lm/02_gpt.ipynb #ca65d2ee
+# %% ../../nbs/lm/02_gpt.ipynb #843bccd9
 def check_prompts(
     prompts,  # (B, K, T), a list of (K, T_i), or None: one empty prompt
     model: GPT,
@@ -614,15 +651,13 @@ def check_prompts(
         raise ValueError("prompts are empty: no rows. For free generation pass None")
     for prompt in prompts:
         check_codes(prompt.unsqueeze(0) if isinstance(prompt, Tensor) else prompt, config)
-    longest = max(prompt.shape[1] for prompt in prompts)
-    needed = longest + frames
-    needed = needed * config.levels if config.pattern == "flatten" else needed + config.levels
-    if needed > config.body.context:
-        raise ValueError(f"a prompt of {longest} frames and {frames} more need {needed} positions; "
-                         f"the context holds {config.body.context}")
-    return prompts
+    longest, most = max(prompt.shape[1] for prompt in prompts), most_frames(config)
+    if longest + frames > most:
+        raise ValueError(f"a prompt of {longest} frames and {frames} more are {longest + frames}; "
+                         f"the context of {config.body.context} positions holds {most} frames")
+    return [prompt.long().cpu() for prompt in prompts]
 
-# %% ../../nbs/lm/02_gpt.ipynb #e6392b51
+# %% ../../nbs/lm/02_gpt.ipynb #0b701845
 class _Writer:
     "The rows of a batch, their random numbers, and how one step's codes are drawn."
 
@@ -636,16 +671,19 @@ class _Writer:
         min_frames: int = 0,  # the end is not drawn before
         repeats: int = 0,  # stop when level 1 says the same so often in a row; 0: never
         cached: bool = True,  # False: compute everything again at each step, for comparison
-        listener=None,  # for models that hear more than codes; see speechlab.lm.hybrid
+        tokenizer=None,  # for models that hear their own sound; see speechlab.lm.hybrid
+        prompt_mels=None,  # what they hear of the prompts; None: the prompts, decoded
+        first_row: int = 0,  # number of the first row, for its random numbers
     ):
         prompts = check_prompts(prompts, model, max_frames)
         self.model, self.config, self.sampling = model, model.config, sampling
-        self.least, self.cached, self.listener = min_frames, cached, listener
+        self.least, self.cached = min_frames, cached
+        self.listener = model.listener(prompts, tokenizer, prompt_mels)
         self.device = next(model.parameters()).device
         self.rows = [_Row(i, p, max_frames, repeats, self.config) for i, p in enumerate(prompts)]
         self.alive = list(self.rows)
         self.samplers = [
-            Sampler(sampling, seed + 100_003 * q, len(prompts)) for q in range(self.config.levels)
+            Sampler(sampling, (seed, q), len(prompts), first_row) for q in range(self.config.levels)
         ]
 
     def _prefix(self) -> tuple[Tensor, Tensor]:
@@ -679,7 +717,8 @@ class _Writer:
             return [[token] for token in first.tolist()]
         if model.depth is not None:
             coarse = first.clamp(max=config.codebook_size - 1)  # an end has no finer levels
-            found = model.depth.sample(hidden, coarse, self.samplers[1:])
+            histories = [self._history(q) for q in range(1, config.levels)]
+            found = model.depth.sample(hidden, coarse, self.samplers[1:], histories)
             return torch.cat([first.unsqueeze(1), found[:, 1:]], dim=1).tolist()
         columns, nothing = [first], torch.zeros_like(first)
         for q in range(1, config.levels):
@@ -688,20 +727,18 @@ class _Writer:
             columns.append(self.samplers[q](one, self._history(q)) if writes else nothing)
         return torch.stack(columns, dim=1).tolist()
 
-# %% ../../nbs/lm/02_gpt.ipynb #acf6ca90
+# %% ../../nbs/lm/02_gpt.ipynb #8aa464d0
 class Generator(_Writer):
     """Writes codes step by step: `for _ in Generator(model, prompts, …): …`.
 
     Rows of different lengths are padded on the left; rows that are done leave the batch.
     """
 
-    def _drop(self, caches: tuple) -> None:
+    def _drop(self, keep: Tensor, caches: tuple) -> None:
         "Take rows that are done out of the batch."
-        keep = torch.tensor([row.reason is None for row in self.alive])
         self.alive = [row for row in self.alive if row.reason is None]
-        if self.alive:
-            for part in (*caches, *self.samplers, *([self.listener] if self.listener else [])):
-                part.select(keep)
+        for part in (*caches, *self.samplers, *([self.listener] if self.listener else [])):
+            part.select(keep)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[_Row]]:
@@ -719,6 +756,11 @@ class Generator(_Writer):
             if all(done):
                 return
             new = torch.tensor(heard, device=self.device).unsqueeze(-1)
+            if any(done):
+                keep = ~torch.tensor(done, device=self.device)
+                new, sequence = new[keep], sequence[keep]
+                extra = None if extra is None else extra[keep]
+                self._drop(keep, caches)
             fresh = self.listener.step(new) if self.listener else None
             if self.cached:
                 sequence, extra = new, fresh
@@ -727,19 +769,15 @@ class Generator(_Writer):
                 extra = fresh if extra is None else torch.cat([extra, fresh], dim=-1)
                 for cache in caches:
                     cache.reset()
-            if any(done):
-                keep = ~torch.tensor(done, device=self.device)
-                sequence, extra = sequence[keep], None if extra is None else extra[keep]
-                self._drop(caches)
 
-# %% ../../nbs/lm/02_gpt.ipynb #de1bc425
+# %% ../../nbs/lm/02_gpt.ipynb #a6b05501
 def generate(
     model: GPT,
     prompts=None,  # (B, K, T), a list of (K, T_i) of different lengths, or None: from nothing
     max_frames: int = 250,  # new frames at most
     sampling: Sampling = Sampling(),
     seed: int = 0,
-    **options,  # min_frames, repeats, cached, listener: see Generator
+    **options,  # min_frames, repeats, cached, tokenizer, prompt_mels: see Generator
 ) -> Generated:
     "Continue a batch of prompts until each row ends, has enough frames, or repeats itself."
     writer = Generator(model, prompts, max_frames, sampling, seed, **options)
@@ -762,14 +800,18 @@ def stream(
     "Continue one prompt and hand out each new frame as soon as all its levels are there."
     if prompt is not None and len(prompt) != 1:
         raise ValueError(f"prompt has {len(prompt)} rows; a stream is one sequence, (1, K, T)")
-    writer = Generator(model, prompt, max_frames, sampling, seed, **options)
+    return _frames(Generator(model, prompt, max_frames, sampling, seed, **options))
+
+
+def _frames(writer: Generator) -> Iterator[Tensor]:
+    "New frames of a single row, each as soon as it is whole."
     sent = writer.rows[0].known
     for (row,) in writer:
         for frame in range(sent, row.complete if row.end is None else min(row.complete, row.end)):
             yield torch.tensor([[level[frame]] for level in row.codes]).unsqueeze(0)
             sent = frame + 1
 
-# %% ../../nbs/lm/02_gpt.ipynb #01eb2603
+# %% ../../nbs/lm/02_gpt.ipynb #c87e2fb1
 class NextTokenView:
     "What a model expects next, and what it looks at, at each frame of a recording."
 
@@ -780,16 +822,20 @@ class NextTokenView:
         extra: Tensor | None = None,  # mel slices (1, n_mels, T), for a hybrid
     ):
         self.model, self.codes = model, check_codes(codes, model.config)
+        codes = self.codes
         with torch.no_grad():
-            self.expected = model(codes, None, extra)[0, 0].softmax(dim=-1)  # (T + 1, V)
+            self.expected = model(codes, None, extra)[0, 0].softmax(dim=-1).cpu()  # (T + 1, V)
             ended = model._ended(codes, None)[:, : model.config.heard]
             sequence = build(ended, model.config.pattern, model.config.empty)
             shifted = F.pad(sequence[..., :-1], (1, 0), value=model.config.empty)
             mel = None if extra is None else F.pad(extra, (1, 0), value=float("nan"))
-            self.maps = attention_maps(model.body, model.embed(shifted, mel))[:, 0]
+            self.maps = attention_maps(model.body, model.embed(shifted, mel))[:, 0].cpu()
 
     def draw(self, frame: int, layer: int = 1, count: int = 10) -> plt.Figure:
         "The likeliest codes of level 1 at a frame, and where each head looks from there."
+        if not 1 <= layer <= len(self.maps) or not 0 <= frame <= self.codes.shape[2]:
+            raise ValueError(f"frame {frame}, layer {layer}: there are frames 0 to "
+                             f"{self.codes.shape[2]} and layers 1 to {len(self.maps)}")
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
         p, places = self.expected[frame].topk(count)
         config, frames = self.model.config, self.codes.shape[2]

@@ -21,10 +21,10 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# %% ../../nbs/lm/03_hybrid.ipynb #6ce6effe
+# %% ../../nbs/lm/03_hybrid.ipynb #147c74bb
 from ..foundations.audio import LogMel, check_wav
 from ..foundations.corpus import Corpus
-from ..foundations.evaluation import Estimate, over_seeds
+from ..foundations.evaluation import over_seeds
 from ..foundations.sampling import Sampling
 from ..foundations.training import checkpoint_folder
 from ..foundations.transformer import KVCache, Transformer, TransformerConfig
@@ -118,7 +118,7 @@ HYBRID_CONFIGS = {
     ),
 }  # fmt: skip
 
-# %% ../../nbs/lm/03_hybrid.ipynb #17c0bd5c
+# %% ../../nbs/lm/03_hybrid.ipynb #0fc0300a
 class HybridGPT(GPT):
     """Whisper-GPT: tokens and the mel slices under them, fused before the stack.
 
@@ -138,6 +138,8 @@ class HybridGPT(GPT):
 
     def fit_mel(self, clips: Clips, most: int = 200) -> "HybridGPT":
         "Set the mean and scale of each band from some recordings."
+        if not clips.mels:
+            raise ValueError("clips have no mels; see clip_mels")
         mel = torch.cat([mel.float() for mel in clips.mels[:most]], dim=1)
         self.mel_mean.copy_(mel.mean(dim=1))
         self.mel_scale.copy_(mel.std(dim=1).clamp(min=1e-3))
@@ -146,15 +148,20 @@ class HybridGPT(GPT):
     def hidden(self, codes: Tensor, mask: Tensor | None = None, extra: Tensor | None = None):
         "As in GPT; the slice of token t enters where token t enters."
         check_mel(extra, codes, self.config)
-        extra = extra.masked_fill(~mask.unsqueeze(1), 0) if mask is not None else extra
         return super().hidden(codes, mask, F.pad(extra, (1, 0), value=float("nan")))
 
     def embed(self, sequence: Tensor, extra: Tensor | None = None, caches: tuple = ()) -> Tensor:
         "Tokens and slices, fused; a slice of NaN stands for 'nothing yet'."
         mel = (extra.transpose(1, 2) - self.mel_mean) / self.mel_scale
-        mel = torch.where(mel.isnan(), self.mel_start, mel)
+        mel = torch.where(mel.isnan(), self.mel_start, mel.to(self.mel_start.dtype))
         heard = self.mel_body(self.mel_in(mel), cache=caches[0] if caches else None)
         return self.fuse(torch.cat([super().embed(sequence), heard], dim=-1))
+
+    def listener(self, prompts: list[Tensor], tokenizer=None, prompt_mels=None) -> "DecodedMel":
+        "Hears the sound of what is written; needs the tokeniser that turns codes into sound."
+        if tokenizer is None:
+            raise ValueError("tokenizer is missing: a hybrid hears the sound of what it writes")
+        return DecodedMel(self, tokenizer, prompts, prompt_mels)
 
     def caches(self, batch: int, padding: Tensor | None = None) -> tuple[KVCache, ...]:
         weight = self.head.weight
@@ -173,41 +180,59 @@ def check_mel(mel: Tensor | None, codes: Tensor, config: HybridConfig) -> None:
 
 
 
-# %% ../../nbs/lm/03_hybrid.ipynb #1820afff
+# %% ../../nbs/lm/03_hybrid.ipynb #a2360c16
 class DecodedMel:
-    """Hears what the model writes: codes -> sound -> mel slice, one frame at a time.
+    """Hears what a model writes: codes -> sound -> mel slices, one frame at a time, for all rows.
 
     The tokeniser must be causal, so that a frame's sound is there when the frame is.
     """
 
     def __init__(
         self,
-        model: HybridGPT,
+        model: "HybridGPT",
         tokenizer: SpeechTokenizer,  # causal
         prompts: list[Tensor],  # (K, T_i) codes
-        prompt_mels: list[Tensor] | None = None,  # (n_mels, T_i) of the recordings; None: decoded
+        prompt_mels: list[Tensor] | None = None,  # (n_mels, T_i) of recordings; None: decoded
     ):
-        config = model.config
-        if config.hop_length != tokenizer.config.hop_length:
-            raise ValueError(f"the model's hop_length is {config.hop_length}, the tokeniser's "
-                             f"{tokenizer.config.hop_length}")
-        self.stream, self.mel = TokenizerStream(tokenizer), CausalMel(**config.framing)
+        config, its = model.config, tokenizer.config
+        for name, mine, other in (
+            ("hop_length", config.hop_length, its.hop_length),
+            ("sample_rate", config.sample_rate, its.sample_rate),
+            ("codebook_size", config.codebook_size, its.rvq.codebook_size),
+        ):
+            if mine != other:
+                raise ValueError(f"the model's {name} is {mine}, the tokeniser's {other}")
+        self.stream, self.size = TokenizerStream(tokenizer), its.rvq.codebook_size
+        self.codec_device = next(tokenizer.parameters()).device
         self.device = next(model.parameters()).device
-        self.mel.to(self.device)
-        self.states: list[tuple[StreamState | None, Tensor | None]] = []
-        self.prompts = []
+        self.mel = CausalMel(**config.framing).to(self.codec_device)
+        self.state, self.past, self.prompts = None, None, []
+        states, pasts = [], []
         for row, prompt in enumerate(prompts):
-            wav, self_state, past = None, None, None
+            mel = torch.empty(1, config.n_mels, 0)
             if prompt.shape[1]:
-                wav, self_state = self.stream.decode(prompt.unsqueeze(0).to(self.device))
+                wav, state = self.stream.decode(prompt.unsqueeze(0).to(self.codec_device))
                 mel, past = self.mel.stream(wav)
+                states.append(state), pasts.append(past)
             else:
-                mel = torch.empty(1, config.n_mels, 0, device=self.device)
+                states.append(None), pasts.append(None)
             if prompt_mels is not None:
                 check_mel(prompt_mels[row].unsqueeze(0), prompt.unsqueeze(0), config)
-                mel = prompt_mels[row].unsqueeze(0).to(self.device)
-            self.states.append((self_state, past))
-            self.prompts.append(mel)
+                mel = prompt_mels[row].unsqueeze(0)
+            self.prompts.append(mel.to(self.device))
+        self._join(states, pasts)
+
+    def _join(self, states: list, pasts: list) -> None:
+        "One batched state from those of the rows; rows without a prompt start from silence."
+        some = [(s, p) for s, p in zip(states, pasts) if s is not None]
+        if not some:
+            return
+        blank = {name: torch.zeros_like(t) for name, t in some[0][0].tensors.items()}
+        rows = [blank if state is None else state.tensors for state in states]
+        joined = {name: torch.cat([row[name] for row in rows]) for name in blank}
+        self.state = StreamState(joined, some[0][0].frames)
+        nothing = torch.zeros_like(some[0][1])
+        self.past = torch.cat([nothing if past is None else past for past in pasts])
 
     def prefix(self, length: int) -> Tensor:  # (B, n_mels, length)
         "The prompts' slices, after padding and the start, which are NaN."
@@ -216,22 +241,17 @@ class DecodedMel:
         )
 
     def step(self, codes: Tensor) -> Tensor:  # (B, K, 1) -> (B, n_mels, 1)
-        "The slices of one new frame; rows that have ended get zeros, which nothing uses."
-        slices = []
-        size = self.stream.tokenizer.config.rvq.codebook_size
-        for row, (state, past) in enumerate(self.states):
-            frame = codes[row : row + 1]
-            if int(frame.max()) >= size:  # the end
-                slices.append(torch.zeros(1, self.mel.mel.n_mels, 1, device=self.device))
-                continue
-            wav, state = self.stream.decode(frame, state)
-            mel, past = self.mel.stream(wav, past)
-            self.states[row] = (state, past)
-            slices.append(mel)
-        return torch.cat(slices)
+        "The slices of one new frame."
+        wav, self.state = self.stream.decode(codes.to(self.codec_device), self.state)
+        mel, self.past = self.mel.stream(wav, self.past)
+        return mel.to(self.device)
 
     def select(self, rows: Tensor) -> None:
-        self.states = [state for state, keep in zip(self.states, rows.tolist()) if keep]
+        "Keep these rows: a bool mask (B,)."
+        keep = rows.to(self.codec_device)
+        if self.state is not None:
+            kept = {name: tensor[keep] for name, tensor in self.state.tensors.items()}
+            self.state, self.past = StreamState(kept, self.state.frames), self.past[keep]
 
 # %% ../../nbs/lm/03_hybrid.ipynb #44bc7ce4
 def load_gpt(name: str | os.PathLike) -> GPT:
@@ -241,7 +261,7 @@ def load_gpt(name: str | os.PathLike) -> GPT:
     config = json.loads(Path(file).read_text(encoding="utf-8"))
     return (HybridGPT if "n_mels" in config else GPT).from_pretrained(name)
 
-# %% ../../nbs/lm/03_hybrid.ipynb #e8218617
+# %% ../../nbs/lm/03_hybrid.ipynb #cd57c0ea
 @dataclass
 class Continuation:
     "Sound that a model continued: the prompt as coded and what follows it."
@@ -272,17 +292,17 @@ def continue_wav(
         raise ValueError(f"the model has {config.codebook_size} codes, the tokeniser "
                          f"{tokenizer.config.rvq.codebook_size}: it was trained on another one")
     frames = round(seconds * rate / tokenizer.config.hop_length)
-    codes = tokenizer.encode(wav, config.levels)
+    device = next(tokenizer.parameters()).device
+    codes = tokenizer.encode(wav.to(device), config.levels)
     prompts = check_prompts(codes, model, frames)
-    if isinstance(model, HybridGPT):
-        heard = CausalMel(**config.framing).to(wav.device)(wav) if recorded else None
-        options["listener"] = DecodedMel(model, tokenizer, prompts, heard)
-    found = generate(model, prompts, frames, sampling, seed, **options)
+    if recorded and isinstance(model, HybridGPT):
+        options["prompt_mels"] = CausalMel(**config.framing)(wav.cpu())
+    found = generate(model, prompts, frames, sampling, seed, tokenizer=tokenizer, **options)
     codes = found.codes[0].unsqueeze(0)
-    made = tokenizer.decode(codes.to(wav.device))
+    made = tokenizer.decode(codes.to(device)).cpu()
     return Continuation(made, codes, found.prompts[0], found.reasons[0])
 
-# %% ../../nbs/lm/03_hybrid.ipynb #8e6f2b20
+# %% ../../nbs/lm/03_hybrid.ipynb #86da2690
 @torch.no_grad()
 def clip_mels(
     corpus: Corpus,  # the recordings
@@ -294,6 +314,9 @@ def clip_mels(
     "The slices under each token: of the recordings, or of what the tokens sound like."
     if clips.ids != [entry.id for entry in corpus.entries]:
         raise ValueError("clips and corpus hold other recordings, or the same in another order")
+    if tokenizer is not None and not tokenizer.config.codec.causal:
+        raise ValueError("tokenizer is not causal: what it decodes up to a token holds the future "
+                         "of that token, and the slices would leak")
     mels = []
     for index in tqdm(range(len(corpus)), "mels", disable=None):
         codes = clips.codes[index][:levels].long().unsqueeze(0)
@@ -301,7 +324,7 @@ def clip_mels(
         mels.append(framing(wav)[0].half())
     return mels
 
-# %% ../../nbs/lm/03_hybrid.ipynb #7ed63e8d
+# %% ../../nbs/lm/03_hybrid.ipynb #681bbb0a
 PAPER_TABLE = (  # LibriSpeech, as printed: parameters (M), NLL, accuracy (%), perplexity
     ("GPT-S", 3.7, 2.02, 34.18, 7.54), ("GPT-L", 40.0, 1.94, 34.82, 6.96),
     ("hybrid", 4.0, 1.93, 35.05, 6.96),
@@ -319,16 +342,29 @@ STUDY_KINDS = {  # what a setting of benchmarks/hybrid.py adds to the small GPT
 
 
 def study_rows(report: dict) -> list[dict]:
-    "One row a setting of a study by benchmarks/hybrid.py: means over seeds, and differences."
+    """One row a setting of a study by benchmarks/hybrid.py: means over seeds, and differences.
+
+    Recordings of one voice are alike, so intervals are over voices: each voice's difference,
+    averaged over seeds, and Student's t over the voices.
+    """
+    by_name: dict[str, list[dict]] = {}
+    for run in report["runs"]:
+        by_name.setdefault(run["name"], []).append(run)
+
+    def voices(name: str) -> np.ndarray:  # (seeds, voices)
+        return np.array([list(run["by_voice"].values()) for run in by_name[name]])
+
     rows = []
-    for name in dict.fromkeys(run["name"] for run in report["runs"]):
-        runs = [run for run in report["runs"] if run["name"] == name]
+    for name, runs in by_name.items():
         row = {"name": name, "seeds": len(runs), "nll": over_seeds([run["nll"] for run in runs])}
-        for key in ("accuracy", "perplexity", "parameters", "mflops", "train_nll"):
+        keys = ("accuracy", "perplexity", "parameters", "mflops", "train_nll", "bits_per_second")
+        for key in keys:
             row[key] = float(np.mean([run[key] for run in runs]))
-        for base, found in report["differences"].get(name, {}).items():
-            one = Estimate(*found[0], 1)  # a single run: its interval over recordings
-            row[f"minus {base}"] = over_seeds([f[0] for f in found]) if len(found) > 1 else one
+        for base in ("tokens", "tokens, 10x"):
+            if base in by_name and base != name:
+                count = min(len(runs), len(by_name[base]))
+                less = voices(name)[:count] - voices(base)[:count]
+                row[f"minus {base}"] = over_seeds(less.mean(axis=0))
         row["fed"] = {
             other: over_seeds([run["fed"][other]["nll"] for run in runs])
             for other in runs[0]["fed"]
@@ -339,15 +375,15 @@ def study_rows(report: dict) -> list[dict]:
 
 def study_table(report: dict) -> str:
     "The study as a Markdown table."
-    names = ("heard", "parameters", "MFLOPs", "NLL", "train NLL", "accuracy", "perplexity")
-    lines = [f"| {' | '.join(names)} | NLL minus tokens |", "|" + "---|" * 8]
+    names = ("heard", "parameters", "MFLOPs", "NLL", "train NLL", "bit/s", "accuracy", "perplexity")
+    lines = [f"| {' | '.join(names)} | NLL minus tokens |", "|" + "---|" * 9]
     for row in study_rows(report):
         less = row.get("minus tokens")
         interval = "" if less is None else f"{less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}]"
         lines.append(
             f"| {row['name']} | {row['parameters'] / 1e6:.2f} M | {row['mflops']:.2f} | "
-            f"{row['nll'].value:.3f} | {row['train_nll']:.3f} | {row['accuracy']:.1%} | "
-            f"{row['perplexity']:.2f} | {interval} |"
+            f"{row['nll'].value:.3f} | {row['train_nll']:.3f} | {row['bits_per_second']:.0f} | "
+            f"{row['accuracy']:.1%} | {row['perplexity']:.2f} | {interval} |"
         )
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-# %% ../../nbs/lm/01_patterns.ipynb #7e951887
+# %% ../../nbs/lm/01_patterns.ipynb #31447226
 PATTERNS = ("flatten", "parallel", "delay", "partial delay", "coarse first", "grouped", "depth")
 ALIGNED = ("parallel", "depth")  # step t writes frame t: nothing is moved
 
@@ -59,6 +59,27 @@ class Pattern:
                 seen[q, t] = True
         return seen
 
+    def slots(self) -> Tensor:
+        "(steps, most codes of a step): place of each code in the grid laid flat; -1: none."
+        table = torch.full((len(self.steps), max(map(len, self.steps))), -1)
+        for number, step in enumerate(self.steps):
+            for slot, (frame, level) in enumerate(step):
+                table[number, slot] = level * self.frames + frame
+        return table
+
+    def lay_out(self, codes: Tensor, empty: int) -> tuple[Tensor, Tensor]:
+        "Any pattern: codes (B, levels, frames) as (B, steps, slots), and which slots are real."
+        slots = self.slots().to(codes.device)
+        laid = codes.flatten(1)[:, slots.clamp(min=0)]
+        return laid.masked_fill(slots < 0, empty), slots >= 0
+
+    def pick_up(self, laid: Tensor) -> Tensor:
+        "The inverse of `lay_out`: (B, steps, slots) as (B, levels, frames)."
+        slots = self.slots().to(laid.device)
+        codes = laid.new_empty(len(laid), self.levels * self.frames)
+        codes[:, slots[slots >= 0]] = laid[:, slots >= 0]
+        return codes.unflatten(1, (self.levels, self.frames))
+
     @property
     def passes(self) -> int:
         "Forward passes to write the grid: one a step; inner patterns add one for each finer code."
@@ -94,11 +115,12 @@ def make_pattern(
     layout = tuple(tuple(step) for step in steps)
     return Pattern(name, levels, frames, layout, inner=name == "depth")
 
-# %% ../../nbs/lm/01_patterns.ipynb #bf31adb6
+# %% ../../nbs/lm/01_patterns.ipynb #d074f399
 @lru_cache(maxsize=256)
 def _step_table(name: str, levels: int, frames: int) -> Tensor:
     "`Pattern.step_of`, kept: filling it in takes longer than a small model's forward pass."
-    return make_pattern(name, levels, frames).step_of()
+    with torch.inference_mode(False):  # else the kept table could not serve in training
+        return make_pattern(name, levels, frames).step_of()
 
 
 @lru_cache(maxsize=256)
@@ -109,14 +131,15 @@ def frame_table(
 ) -> Tensor:  # (steps, levels): the frame that a step writes on each level; -1: none
     "The layout of a pattern that writes at most one frame a level and step, as a table."
     pattern = make_pattern(name, levels, frames)
-    table = torch.full((len(pattern), levels), -1)
+    rows = [[-1] * levels for _ in pattern.steps]
     for number, step in enumerate(pattern.steps):
         if len({level for _, level in step}) < len(step):
             raise ValueError(f"{name!r} writes several frames of a level in one step; "
                              "a GPT with one head a level cannot do that")
         for frame, level in step:
-            table[number, level] = frame
-    return table
+            rows[number][level] = frame
+    with torch.inference_mode(False):  # else the kept table could not serve in training
+        return torch.tensor(rows)
 
 # %% ../../nbs/lm/01_patterns.ipynb #4127b59a
 def _check_codes(codes: Tensor, levels: int | None = None) -> None:
