@@ -9,7 +9,7 @@ __all__ = ['app', 'corpus_app', 'SizeArgument', 'JsonOption', 'train_app', 'OutA
            'train_teacher_command', 'train_tokenizer_command', 'Gpt', 'train_gpt_command', 'continue_command',
            'resynth', 'convert', 'encode', 'decode', 'export', 'bench_tokens_command', 'main']
 
-# %% ../nbs/reference/cli.ipynb #ddaa19da
+# %% ../nbs/reference/cli.ipynb #0fb240a6
 import json
 import sys
 from enum import Enum
@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from safetensors import SafetensorError
 
-# %% ../nbs/reference/cli.ipynb #f5237205
+# %% ../nbs/reference/cli.ipynb #1e084cb5
 app = typer.Typer(
     help="Learn speech generation by building it, then use what you built.\n\n"
     "SPEECHLAB_SCALE sets the scale of every experiment: smoke, cpu, gpu or paper. Caches live in "
@@ -59,7 +59,7 @@ def _print(report: dict, as_json: bool) -> None:
     for key, value in report.items():
         typer.echo(f"{key:{width}}  {value}")
 
-# %% ../nbs/reference/cli.ipynb #1862b5db
+# %% ../nbs/reference/cli.ipynb #b6859ead
 @app.command()
 def info(as_json: JsonOption = False) -> None:
     "Show the device, the scale, versions, and where data and caches are."
@@ -110,7 +110,7 @@ def corpus_stats(
     table = {name: corpus.split(name).stats() for name in names} | {"all": corpus.stats()}
     _print(table, as_json)
 
-# %% ../nbs/reference/cli.ipynb #34c47693
+# %% ../nbs/reference/cli.ipynb #8b30575f
 train_app = typer.Typer(
     help="Train the models of the course, or the same ones on your own speech.",
     no_args_is_help=True,
@@ -171,7 +171,7 @@ def _facts(command: str, data: str, seconds: float) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
-# %% ../nbs/reference/cli.ipynb #a234ff38
+# %% ../nbs/reference/cli.ipynb #6402cf34
 class Units(str, Enum):
     "What a recogniser writes."
 
@@ -227,7 +227,7 @@ def train_recognizer_command(
     publish(model, out, _card(out.name, what, facts))
     typer.echo(f"{[facts[name] for name in rates]}; wrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #56b38005
+# %% ../nbs/reference/cli.ipynb #f972a191
 @train_app.command("speaker")
 def train_speaker_command(
     out: OutArgument,
@@ -272,7 +272,7 @@ def train_speaker_command(
     publish(model, out, _card(out.name, what, facts, synthetic=folder is None))
     typer.echo(f"equal error rate {found['equal error rate']:.3f}; wrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #2c01b2a5
+# %% ../nbs/reference/cli.ipynb #d7f694fc
 @train_app.command("teacher")
 def train_teacher_command(
     out: OutArgument,
@@ -538,7 +538,7 @@ def continue_command(
         f"wrote {target}, {found.wav.shape[-1] / rate:.2f} s, {rate} Hz"
     )
 
-# %% ../nbs/reference/cli.ipynb #86583ed6
+# %% ../nbs/reference/cli.ipynb #97fd4fe4
 @app.command()
 def resynth(
     source: Annotated[Path, typer.Argument(help="A recording; any rate, mono or stereo.")],
@@ -571,7 +571,7 @@ def resynth(
         report["mel distance"] = round(mel_distance(wav, rebuilt, rate), 4)
     _print(report, as_json)
 
-# %% ../nbs/reference/cli.ipynb #c21ebdc5
+# %% ../nbs/reference/cli.ipynb #137e162d
 ModelOption = Annotated[str, typer.Option(help="Shipped name, folder or hub id of a tokeniser.")]
 LevelsOption = Annotated[int | None, typer.Option(help="Levels of codes; all if left out.")]
 WorkersOption = Annotated[int, typer.Option(help="Processes, for folders.", min=1)]
@@ -617,7 +617,7 @@ def convert(
         typer.echo(f"similarity to the wanted voice {near:.2f}, to the source {far:.2f}")
     typer.echo(f"wrote {target}, {made.shape[-1] / rate:.2f} s, {rate} Hz")
 
-# %% ../nbs/reference/cli.ipynb #3f24eb7d
+# %% ../nbs/reference/cli.ipynb #87d51b50
 @app.command()
 def encode(
     source: Annotated[Path, typer.Argument(help="A recording, or a folder of recordings.")],
@@ -680,7 +680,7 @@ def decode(
     files.decode_file(tokenizer, file, target, n_q)
     typer.echo(f"wrote {target}, {file.seconds:.2f} s, {file.sample_rate} Hz")
 
-# %% ../nbs/reference/cli.ipynb #fbdcf54e
+# %% ../nbs/reference/cli.ipynb #3d72f849
 @app.command()
 def export(
     target: Annotated[Path, typer.Argument(help="Folder for encoder.onnx and decoder.onnx.")],
@@ -694,7 +694,7 @@ def export(
     sizes = ", ".join(f"{p.name} {p.stat().st_size / 1e6:.1f} MB" for p in target.glob("*.onnx"))
     typer.echo(f"wrote {target}: {sizes}")
 
-# %% ../nbs/reference/cli.ipynb #75913e6a
+# %% ../nbs/reference/cli.ipynb #3c3af446
 bench_app = typer.Typer(
     help="Measure models beside each other.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -756,7 +756,7 @@ def bench_tokens_command(
     bench.plot_benchmark(result).savefig(out / "figure.png", dpi=150)
     typer.echo(f"{table}\n\nwrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #acb43f41
+# %% ../nbs/reference/cli.ipynb #8ed5e1ed
 def main() -> None:
     "The entry point: expected errors are one line on standard error and exit code 1."
     try:

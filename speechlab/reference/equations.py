@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EQUATIONS', 'Equation', 'as_markdown']
 
-# %% ../../nbs/reference/equations.ipynb #32a5c2d3
+# %% ../../nbs/reference/equations.ipynb #5bf349ec
 from dataclasses import dataclass
 
 
@@ -20,7 +20,7 @@ class Equation:
     symbol: str  # import path of the code that computes it
     test: str  # path::function of the test against an independent formulation
 
-# %% ../../nbs/reference/equations.ipynb #daa577b1
+# %% ../../nbs/reference/equations.ipynb #b678d6c0
 _QUANTISER = (
     Equation(
         "SpeechTokenizer",
@@ -48,7 +48,7 @@ _QUANTISER = (
     ),
 )
 
-# %% ../../nbs/reference/equations.ipynb #654d784c
+# %% ../../nbs/reference/equations.ipynb #bacfb56d
 _DISTILLATION = (
     Equation(
         "SpeechTokenizer",
@@ -77,7 +77,7 @@ _DISTILLATION = (
     ),
 )
 
-# %% ../../nbs/reference/equations.ipynb #e649c15d
+# %% ../../nbs/reference/equations.ipynb #21b606e4
 _RECONSTRUCTION = (
     Equation(
         "SpeechTokenizer",

@@ -24,7 +24,7 @@ from speechlab.tokenizer.seanet import (
 )
 from .speech_tokenizer import SpeechTokenizer
 
-# %% ../../nbs/tokenizer/10_streaming.ipynb #9937d414
+# %% ../../nbs/tokenizer/10_streaming.ipynb #a59834e7
 @dataclass
 class StreamState:
     "What a stream remembers between pieces: tensors by the place of their layer."
@@ -57,8 +57,9 @@ class _Step:
     def overlap(self, place: str, x: Tensor, keep: int) -> Tensor:
         "x (B, C, t) plus what stuck out of the past; the last `keep` positions wait."
         past = self.old.get(place)
-        if past is not None:
-            x = torch.cat([x[..., :keep] + past, x[..., keep:]], dim=-1)
+        if past is not None:  # rows may start apart, and then weights differ by row
+            head = x[..., :keep] + past
+            x = torch.cat([head, x[..., keep:].expand(len(head), -1, -1)], dim=-1)
         self.new[place] = x[..., -keep:].clone()
         return x[..., :-keep]
 
