@@ -420,7 +420,7 @@ def train_tokenizer_command(
     publish(model, out, st.tokenizer_card(out.name, model, report, facts, note))
     typer.echo(f"{json.dumps(report)}\nwrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #d6166588
+# %% ../nbs/reference/cli.ipynb #ca2bd58b
 class Gpt(str, Enum):
     "Language models of codes."
 
@@ -457,6 +457,7 @@ def train_gpt_command(
     from speechlab.foundations.machine import cache_folder
     from speechlab.foundations.training import publish, run_seconds
     from speechlab.lm import gpt, hybrid
+    from speechlab.tokenizer import files
     from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
 
     codec = SpeechTokenizer.from_pretrained(tokenizer).fold()
@@ -467,14 +468,17 @@ def train_gpt_command(
     )  # fmt: skip
     command = f"train gpt --config {config.value} --tokenizer {tokenizer} --size {size.value}"
     command += f" --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate}"
-    command += f" --seed {seed}" + " --bf16" * bf16 + (f" --folder {folder.name}" if folder else "")
+    command += f" --seed {seed}" + " --bf16" * bf16
+    command += f" --folder {folder.resolve()}" if folder else ""
     _same_settings(out / "run", command)
     wanted = hybrid.fit_config(known[config.value], codec, tokenizer)
-    place = cache_folder(f"tokens/{codec.config.rvq.n_q}-{corpus.name}-{Path(tokenizer).name}")
-    clips = {
-        name: hybrid.training_clips(corpus.split(name), codec, wanted, place / name)
-        for name in ("train", "test")
-    }
+    levels, mark = max(wanted.levels, wanted.heard), files.fingerprint(codec)
+    place = cache_folder(f"tokens/{corpus.name}-{len(corpus)}-{levels}-{mark:08x}")
+    with PartialState().main_process_first():  # one process encodes, the others find the shards
+        clips = {
+            name: hybrid.training_clips(corpus.split(name), codec, wanted, place / name)
+            for name in ("train", "test")
+        }
     torch.manual_seed(seed)
     hears = isinstance(wanted, hybrid.HybridConfig)
     model = hybrid.HybridGPT(wanted).fit_mel(clips["train"]) if hears else gpt.GPT(wanted)
@@ -499,7 +503,7 @@ def train_gpt_command(
     publish(model, out, card)
     typer.echo(f"{gpt.likelihood_table(found)}\nwrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #c93b7769
+# %% ../nbs/reference/cli.ipynb #1400a9bd
 @app.command("continue")
 def continue_command(
     prompt: Annotated[Path, typer.Argument(help="A recording; any rate, mono or stereo.")],
@@ -518,12 +522,13 @@ def continue_command(
 ) -> None:
     "Let a language model of codes go on where a recording stops."
     from speechlab.foundations.audio import load_wav, save_wav
+    from speechlab.foundations.machine import pick_device
     from speechlab.foundations.sampling import Sampling
     from speechlab.lm.hybrid import continue_wav, load_gpt
     from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
 
-    writer = load_gpt(model)
-    tokenizer = SpeechTokenizer.from_pretrained(writer.config.tokenizer).fold()
+    writer = load_gpt(model).to(pick_device())
+    tokenizer = SpeechTokenizer.from_pretrained(writer.config.tokenizer).fold().to(pick_device())
     rate = tokenizer.config.sample_rate
     wav, _ = load_wav(prompt, rate, resample_to_rate=True, mono=True)
     if keep is not None and round(keep * rate) < 1:

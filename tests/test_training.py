@@ -523,6 +523,15 @@ def test_two_processes_equal_one(tmp_path):
     assert all(abs(a - b) < 1e-5 for a, b in zip(one["loss"], two[0]["loss"]))
 
 
+def test_two_processes_train_one_language_model(tmp_path):
+    (one,) = run_processes(1, tmp_path, "gpt")
+    two = run_processes(2, tmp_path, "gpt")
+    for rank in range(2):
+        for name, weight in one["weights"].items():
+            assert torch.allclose(two[rank]["weights"][name], weight, atol=1e-4), name
+    assert abs(one["nll"] - two[0]["nll"]) < 1e-3
+
+
 def test_codebooks_are_shared_by_processes(tmp_path):
     (one,) = run_processes(1, tmp_path, "rvq")
     two = run_processes(2, tmp_path, "rvq")

@@ -1,6 +1,6 @@
 """Run by the tests in one or two gloo processes: trains, and prints what came out.
 
-python two_processes.py WORLD FOLDER linear|rvq|tokenizer
+python two_processes.py WORLD FOLDER linear|rvq|tokenizer|gpt
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def worker(rank: int, world: int, folder: str, what: str) -> None:
     if what == "rvq":
         result = train_rvq(rank, world)
     else:
-        result = (train_linear if what == "linear" else train_codec)(Path(folder))
+        trainings = {"linear": train_linear, "tokenizer": train_codec, "gpt": train_language_model}
+        result = trainings[what](Path(folder))
     torch.save(result, Path(folder) / f"{what}-{world}-{rank}.pt")
 
 
@@ -85,6 +86,21 @@ def train_codec(folder: Path) -> dict:
     losses = torch.tensor([[row["mel"], row["commit"], row["distill"]] for row in history])
     weights = trainer.raw("generator").state_dict() | trainer.raw("critics").state_dict()
     return {"weights": weights, "losses": losses}
+
+
+def train_language_model(folder: Path) -> dict:
+    """A GPT on recordings of one length, whose mean over a batch is the mean over its shares."""
+    from speechlab.foundations.transformer import TransformerConfig
+    from speechlab.lm.gpt import GPT, Clips, GPTConfig, GPTTraining, train_gpt
+
+    rng = torch.Generator().manual_seed(0)
+    codes = [torch.randint(8, (1, 12), generator=rng).short() for _ in range(16)]
+    clips = Clips(codes, [str(i) for i in range(16)])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, body=TransformerConfig(16, 1, 2, context=32)))
+    run = folder / f"run-{os.environ['WORLD_SIZE']}"
+    model, history = train_gpt(model, clips, run, GPTTraining(6, 4, 1e-2, 1), clips)
+    return {"weights": model.state_dict(), "nll": history[-1]["valid_nll"]}
 
 
 def train_rvq(rank: int, world: int) -> dict:
