@@ -503,7 +503,7 @@ def train_gpt_command(
     publish(model, out, card)
     typer.echo(f"{gpt.likelihood_table(found)}\nwrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #1400a9bd
+# %% ../nbs/reference/cli.ipynb #86aa1c01
 @app.command("continue")
 def continue_command(
     prompt: Annotated[Path, typer.Argument(help="A recording; any rate, mono or stereo.")],
@@ -512,6 +512,9 @@ def continue_command(
         str, typer.Option(help="Shipped name, folder or hub id of a language model.")
     ] = "hybrid-small",
     seconds: Annotated[float, typer.Option(help="Of new sound, at most.")] = 3.0,
+    at_least: Annotated[
+        float, typer.Option(help="Seconds of new sound before the model may end.")
+    ] = 1.0,
     keep: Annotated[
         float | None, typer.Option(help="Use only the last so many seconds of the prompt.")
     ] = None,
@@ -535,7 +538,8 @@ def continue_command(
         raise ValueError(f"--keep is {keep}; at least one sample of the prompt must stay")
     wav = wav if keep is None else wav[..., -round(keep * rate) :]
     sampling = Sampling(temperature, top_k, top_p)
-    found = continue_wav(writer, tokenizer, wav, seconds, sampling, seed)
+    least = round(min(at_least, seconds) * writer.config.frame_rate)
+    found = continue_wav(writer, tokenizer, wav, seconds, sampling, seed, min_frames=least)
     save_wav(target, found.wav, rate)
     new = found.codes.shape[-1] - found.prompt_frames
     typer.echo(
