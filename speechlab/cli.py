@@ -171,7 +171,7 @@ def _facts(command: str, data: str, seconds: float) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
-# %% ../nbs/reference/cli.ipynb #6402cf34
+# %% ../nbs/reference/cli.ipynb #b10cabc5
 class Units(str, Enum):
     "What a recogniser writes."
 
@@ -184,6 +184,33 @@ def _card(name: str, what: str, facts: dict[str, str], synthetic: bool = True) -
     rows = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     note = "All speech is synthetic: real recordings come out worse. Licence: Apache-2.0."
     return f"# {name}\n\n{what}\n\n{rows}" + f"\n\n{note}" * synthetic
+
+
+def _training_corpus(size: Size, folder: Path | None, music: bool = False, rate: int = 16000):
+    "What a training command trains on."
+    from speechlab.foundations.corpus import embedded_corpus, folder_corpus
+    from speechlab.lm.music import music_corpus
+
+    if music:
+        return music_corpus(size.value, rate)
+    if folder:
+        return folder_corpus(folder, rate, resample_to_rate=True)
+    return embedded_corpus(size.value, rate)
+
+
+def _test_note(folder: Path | None, music: bool = False) -> str:
+    "What a card says about the test split."
+    if folder:
+        return ""
+    if music:
+        return (
+            "Bands and chord progressions of the test split are not in the training split. All "
+            "music is synthesised by `speechlab.lm.music`. Licence: Apache-2.0."
+        )
+    return (
+        "Voices and sentences of the test split are not in the training split. All speech is "
+        "synthetic: real recordings come out worse. Licence: Apache-2.0."
+    )
 
 
 @train_app.command("recognizer")
@@ -329,7 +356,7 @@ def train_teacher_command(
     publish(hubert, out, head + note)
     typer.echo(f"{table}\nwrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #b43ec707
+# %% ../nbs/reference/cli.ipynb #8515464b
 @train_app.command("tokenizer")
 def train_tokenizer_command(
     out: OutArgument,
@@ -359,23 +386,16 @@ def train_tokenizer_command(
     "Train a SpeechTokenizer; continues where it was if OUT holds a run."
     from accelerate import PartialState
 
-    from speechlab.foundations.corpus import embedded_corpus, folder_corpus
     from speechlab.foundations.evaluation import phone_symbols
     from speechlab.foundations.judges import Recognizer
     from speechlab.foundations.machine import pick_device
     from speechlab.foundations.training import publish, run_seconds
-    from speechlab.lm.music import music_corpus
     from speechlab.tokenizer import speech_tokenizer as st
     from speechlab.tokenizer.discriminators import DiscriminatorsConfig
     from speechlab.tokenizer.distillation import Distiller
     from speechlab.tokenizer.teachers import Teacher
 
-    if music:
-        corpus = music_corpus(size.value)
-    elif folder:
-        corpus = folder_corpus(folder, resample_to_rate=True)
-    else:
-        corpus = embedded_corpus(size.value)
+    corpus = _training_corpus(size, folder, music)
     test = corpus.split("test")  # before the training: it must be there
     recognizer = None if folder or music else Recognizer.from_pretrained("phone-recognizer")
     distiller = None
@@ -388,7 +408,8 @@ def train_tokenizer_command(
         precision="bf16" if bf16 else "no", workers=workers, seed=seed,
     )  # fmt: skip
     command = (
-        f"train tokenizer --config {config.value} {'--music ' * music}--size {size.value} --distill {distill.value} "
+        f"train tokenizer --config {config.value} {'--music ' * music}"
+        f"--size {size.value} --distill {distill.value} "
         f"--steps {steps} --seconds {seconds} --batch-size {batch_size} --learning-rate "
         f"{learning_rate} --critics-from {critics_from} --seed {seed}"
     )
@@ -408,19 +429,11 @@ def train_tokenizer_command(
     if distiller is not None:
         facts["teacher"] = f"{teacher}, {f'layer {layer}' if layer else 'average of all layers'}"
     (out / "report.json").write_text(json.dumps(report | {"facts": facts}, indent=1))
-    note = "" if folder else (
-        "Voices and sentences of the test split are not in the training split. All speech is "
-        "synthetic: real recordings come out worse. Licence: Apache-2.0."
-    )  # fmt: skip
-    if music:
-        note = (
-            "Bands and chord progressions of the test split are not in the training split. All "
-            "music is synthesised by `speechlab.lm.music`. Licence: Apache-2.0."
-        )
+    note = _test_note(folder, music)
     publish(model, out, st.tokenizer_card(out.name, model, report, facts, note))
     typer.echo(f"{json.dumps(report)}\nwrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #ca2bd58b
+# %% ../nbs/reference/cli.ipynb #a3f2a033
 class Gpt(str, Enum):
     "Language models of codes."
 
@@ -453,7 +466,6 @@ def train_gpt_command(
     import torch
     from accelerate import PartialState
 
-    from speechlab.foundations.corpus import embedded_corpus, folder_corpus
     from speechlab.foundations.machine import cache_folder
     from speechlab.foundations.training import publish, run_seconds
     from speechlab.lm import gpt, hybrid
@@ -462,10 +474,7 @@ def train_gpt_command(
 
     codec = SpeechTokenizer.from_pretrained(tokenizer).fold()
     rate, known = codec.config.sample_rate, gpt.GPT_CONFIGS | hybrid.HYBRID_CONFIGS
-    corpus = (
-        folder_corpus(folder, rate, resample_to_rate=True) if folder
-        else embedded_corpus(size.value, rate)
-    )  # fmt: skip
+    corpus = _training_corpus(size, folder, rate=rate)
     command = f"train gpt --config {config.value} --tokenizer {tokenizer} --size {size.value}"
     command += f" --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate}"
     command += f" --seed {seed}" + " --bf16" * bf16
@@ -496,10 +505,7 @@ def train_gpt_command(
     facts["test split"] = f"{found.bits_per_second:.0f} bits per second, all levels; by level:"
     (out / "report.json").write_text(json.dumps(found.table() | {"facts": facts}, indent=1))
     card = _card(out.name, gpt.describe(wanted), facts, synthetic=False)
-    card += f"\n\n{gpt.likelihood_table(found)}\n\n" + ("" if folder else (
-        "Voices and sentences of the test split are not in the training split. All speech is "
-        "synthetic. Licence: Apache-2.0."
-    ))  # fmt: skip
+    card += f"\n\n{gpt.likelihood_table(found)}\n\n{_test_note(folder)}"
     publish(model, out, card)
     typer.echo(f"{gpt.likelihood_table(found)}\nwrote {out}")
 

@@ -132,7 +132,7 @@ _RECONSTRUCTION = (
     ),
 )
 
-# %% ../../nbs/reference/equations.ipynb #4d4271c2
+# %% ../../nbs/reference/equations.ipynb #ceec4582
 _LANGUAGE = (
     Equation(
         "Attention is all you need",
@@ -178,7 +178,8 @@ _LANGUAGE = (
         "Whisper-GPT",
         "text",
         "slice t ends with the last sample of token t",
-        r"\mathrm{mel}_t = \mathrm{logmel}\big(x_{(t+1)h - n_{\mathrm{fft}}}, \dots, x_{(t+1)h - 1}\big)",
+        r"\mathrm{mel}_t = \mathrm{logmel}\big(x_{(t+1)h - n_{\mathrm{fft}}}, \dots, "
+        r"x_{(t+1)h - 1}\big)",
         "speechlab.lm.hybrid.CausalMel.forward",
         "tests/test_hybrid.py::test_slices_are_windows_that_end_with_their_token",
     ),
