@@ -66,8 +66,12 @@ def training(ours: GPT, peer, bf16: bool, rows: int, length: int, compiled: bool
     """One optimiser step of each."""
     codes = torch.randint(CODES, (rows, 1, length))
     ids = torch.cat([torch.full((rows, 1), CODES + 1), codes[:, 0]], dim=1)
-    optimizers = {"ours": make_optimizer(ours, 1e-4), "theirs": torch.optim.AdamW(
-        peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)}
+    optimizers = {
+        "ours": make_optimizer(ours, 1e-4),
+        "theirs": torch.optim.AdamW(
+            peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        ),
+    }
     forward = {"ours": ours, "theirs": peer}
     if compiled:
         forward = {name: torch.compile(model) for name, model in forward.items()}
@@ -106,8 +110,12 @@ def main() -> None:
             row |= {"ours": speeds["ours"], "peer_value": speeds["transformers"], "unit": " tok/s"}
             results.append(row)  # the ratio stays: above 1, ours is faster
     torch.set_num_threads(chosen.threads)
-    for name, bf16, compiled in (("fp32", False, False), ("bf16", True, False),
-                                 ("fp32, compiled", False, True), ("bf16, compiled", True, True)):
+    for name, bf16, compiled in (
+        ("fp32", False, False),
+        ("bf16", True, False),
+        ("fp32, compiled", False, True),
+        ("bf16, compiled", True, True),
+    ):
         if chosen.quick and compiled:
             continue
         ours, peer = make_pair()

@@ -219,8 +219,11 @@ def main() -> None:
                 return done
         runs.append(one_run(name, seed, rate, steps, splits, on))
         raw.write_text(json.dumps(kept), encoding="utf-8")
-        print(f"{name:28} seed {seed} rate {rate:g} on {on}: NLL {runs[-1]['nll']:.3f}, "
-              f"train {runs[-1]['train_nll']:.3f}, {runs[-1]['cpu_seconds']:.0f} s", flush=True)
+        print(
+            f"{name:28} seed {seed} rate {rate:g} on {on}: NLL {runs[-1]['nll']:.3f}, "
+            f"train {runs[-1]['train_nll']:.3f}, {runs[-1]['cpu_seconds']:.0f} s",
+            flush=True,
+        )
         return runs[-1]
 
     chosen = {}

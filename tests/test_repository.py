@@ -351,6 +351,8 @@ def test_errors_are_one_line():
         ("train", "teacher"),
         ("train", "recognizer"),
         ("train", "speaker"),
+        ("train", "gpt"),
+        ("continue",),
         ("resynth",),
         ("convert",),
         ("encode",),

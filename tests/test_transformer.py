@@ -99,9 +99,7 @@ def test_rope_is_a_rotation_of_complex_pairs():
     torch.testing.assert_close(rotate(x, cos[:, None], sin[:, None]), wanted, rtol=1e-5, atol=1e-5)
 
 
-@given(
-    st.integers(1, 8), st.integers(0, 8), st.booleans(), st.integers(0, 8), st.integers(0, 7)
-)
+@given(st.integers(1, 8), st.integers(0, 8), st.booleans(), st.integers(0, 8), st.integers(0, 7))
 def test_mask_by_loops(queries, before, causal, prefix, padding):
     keys = queries + before
     valid = torch.arange(keys) >= min(padding, keys)
@@ -370,8 +368,9 @@ def test_flops_are_those_of_the_matrices():
             "condition is missing",
         ),
         (
-            lambda: attention_maps(make("llama"), torch.randn(1, 3, 32),
-                                   cache=KVCache(KINDS["llama"])),
+            lambda: attention_maps(
+                make("llama"), torch.randn(1, 3, 32), cache=KVCache(KINDS["llama"])
+            ),
             "cache is given",
         ),
         (lambda: make("llama")(torch.randn(1, 65, 32)), "65 positions.*context holds 64"),

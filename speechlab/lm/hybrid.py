@@ -324,7 +324,7 @@ def clip_mels(
         mels.append(framing(wav)[0].half())
     return mels
 
-# %% ../../nbs/lm/03_hybrid.ipynb #681bbb0a
+# %% ../../nbs/lm/03_hybrid.ipynb #5936c490
 PAPER_TABLE = (  # LibriSpeech, as printed: parameters (M), NLL, accuracy (%), perplexity
     ("GPT-S", 3.7, 2.02, 34.18, 7.54), ("GPT-L", 40.0, 1.94, 34.82, 6.96),
     ("hybrid", 4.0, 1.93, 35.05, 6.96),
@@ -375,13 +375,14 @@ def study_rows(report: dict) -> list[dict]:
 
 def study_table(report: dict) -> str:
     "The study as a Markdown table."
-    names = ("heard", "parameters", "MFLOPs", "NLL", "train NLL", "bit/s", "accuracy", "perplexity")
-    lines = [f"| {' | '.join(names)} | NLL minus tokens |", "|" + "---|" * 9]
+    names = ("heard", "runs", "parameters", "MFLOPs", "NLL", "train NLL", "bit/s", "accuracy")
+    lines = [f"| {' | '.join(names)} | perplexity | NLL minus tokens |", "|" + "---|" * 10]
     for row in study_rows(report):
         less = row.get("minus tokens")
         interval = "" if less is None else f"{less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}]"
         lines.append(
-            f"| {row['name']} | {row['parameters'] / 1e6:.2f} M | {row['mflops']:.2f} | "
+            f"| {row['name']} | {row['seeds']} | {row['parameters'] / 1e6:.2f} M | "
+            f"{row['mflops']:.2f} | "
             f"{row['nll'].value:.3f} | {row['train_nll']:.3f} | {row['bits_per_second']:.0f} | "
             f"{row['accuracy']:.1%} | {row['perplexity']:.2f} | {interval} |"
         )
