@@ -406,4 +406,4 @@ def test_the_command_line(tmp_path, corpus, monkeypatch):
         assert "50 frames of prompt" in done.output
         assert load_wav(tmp_path / "out.wav", 16000)[0].shape[-1] >= 50 * HOP
     done = CliRunner().invoke(app, [*command, "--seconds", "60", "--model", f"{tmp_path}/{kind}"])
-    assert isinstance(done.exception, ValueError) and "context holds 512" in str(done.exception)
+    assert isinstance(done.exception, ValueError) and "holds 512 frames" in str(done.exception)
