@@ -254,7 +254,7 @@ def train_recognizer_command(
     publish(model, out, _card(out.name, what, facts))
     typer.echo(f"{[facts[name] for name in rates]}; wrote {out}")
 
-# %% ../nbs/reference/cli.ipynb #f972a191
+# %% ../nbs/reference/cli.ipynb #5d638a29
 @train_app.command("speaker")
 def train_speaker_command(
     out: OutArgument,
@@ -268,12 +268,11 @@ def train_speaker_command(
     "Train a speaker encoder (x-vector) that tells how alike two voices are."
     from accelerate import PartialState
 
-    from speechlab.foundations.corpus import embedded_corpus, folder_corpus
     from speechlab.foundations.evaluation import speaker_ceiling
     from speechlab.foundations.judges import train_speaker_encoder
     from speechlab.foundations.training import publish, run_seconds
 
-    corpus = folder_corpus(folder, resample_to_rate=True) if folder else embedded_corpus(size.value)
+    corpus = _training_corpus(size, folder)
     command = f"train speaker --size {size.value} --steps {steps} --seed {seed}"
     command += f" --folder {folder.name}" if folder else ""
     _same_settings(out / "run", command)

@@ -223,7 +223,7 @@ class KVCache:
     def batch(self) -> int:
         return self.keys[0].shape[0]
 
-# %% ../../nbs/foundations/07_transformer.ipynb #871bdc70
+# %% ../../nbs/foundations/07_transformer.ipynb #3ac9e2ab
 class _Heads(nn.Module):
     "Queries, keys and values, and what becomes of them."
 
@@ -256,7 +256,7 @@ class _Heads(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v.unflatten(-1, (self.kv_heads, self.value_dim))
 
-    def weights(self, x: Tensor, rotation=None, mask=None, causal: bool = False, *_) -> Tensor:
+    def weights(self, x: Tensor, rotation=None, mask=None, causal: bool = False) -> Tensor:
         "The attention weights of self-attention over x, (B, heads, T, T), to look at."
         q, k, _ = self._project(x, None)
         if rotation is not None:

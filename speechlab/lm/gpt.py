@@ -575,7 +575,7 @@ def train_gpt(
     history = trainer.fit()
     return trainer.raw().model.cpu().eval(), history
 
-# %% ../../nbs/lm/02_gpt.ipynb #ea680092
+# %% ../../nbs/lm/02_gpt.ipynb #a9aa29da
 @dataclass
 class Generated:
     "What a model wrote: the prompts and what follows them."
@@ -588,8 +588,8 @@ class Generated:
 class _Row:
     "One sequence being written, as plain numbers: its codes, its step, and whether it is done."
 
-    def __init__(self, index: int, prompt: Tensor, frames: int, repeats: int, config: GPTConfig):
-        self.index, self.config, self.repeats = index, config, repeats
+    def __init__(self, prompt: Tensor, frames: int, repeats: int, config: GPTConfig):
+        self.config, self.repeats = config, repeats
         self.codes, self.known = prompt.tolist(), prompt.shape[1]
         self.total, self.end, self.reason = self.known + frames, None, None
         self.step = self.known * (config.levels if config.pattern == "flatten" else 1)
@@ -657,7 +657,7 @@ def check_prompts(
                          f"the context of {config.body.context} positions holds {most} frames")
     return [prompt.long().cpu() for prompt in prompts]
 
-# %% ../../nbs/lm/02_gpt.ipynb #0b701845
+# %% ../../nbs/lm/02_gpt.ipynb #190bc071
 class _Writer:
     "The rows of a batch, their random numbers, and how one step's codes are drawn."
 
@@ -680,7 +680,7 @@ class _Writer:
         self.least, self.cached = min_frames, cached
         self.listener = model.listener(prompts, tokenizer, prompt_mels)
         self.device = next(model.parameters()).device
-        self.rows = [_Row(i, p, max_frames, repeats, self.config) for i, p in enumerate(prompts)]
+        self.rows = [_Row(prompt, max_frames, repeats, self.config) for prompt in prompts]
         self.alive = list(self.rows)
         self.samplers = [
             Sampler(sampling, (seed, q), len(prompts), first_row) for q in range(self.config.levels)

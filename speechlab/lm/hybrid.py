@@ -21,14 +21,14 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# %% ../../nbs/lm/03_hybrid.ipynb #147c74bb
+# %% ../../nbs/lm/03_hybrid.ipynb #8d243b77
 from ..foundations.audio import LogMel, check_wav
 from ..foundations.corpus import Corpus
 from ..foundations.evaluation import over_seeds
 from ..foundations.sampling import Sampling
 from ..foundations.training import checkpoint_folder
 from ..foundations.transformer import KVCache, Transformer, TransformerConfig
-from .gpt import GPT, GPT_CONFIGS, Clips, GPTConfig, check_prompts, generate
+from .gpt import GPT, GPT_CONFIGS, Clips, GPTConfig, generate
 from ..tokenizer.files import write_shards
 from ..tokenizer.speech_tokenizer import SpeechTokenizer
 from ..tokenizer.streaming import StreamState, TokenizerStream
@@ -180,7 +180,7 @@ def check_mel(mel: Tensor | None, codes: Tensor, config: HybridConfig) -> None:
 
 
 
-# %% ../../nbs/lm/03_hybrid.ipynb #a2360c16
+# %% ../../nbs/lm/03_hybrid.ipynb #32f29003
 class DecodedMel:
     """Hears what a model writes: codes -> sound -> mel slices, one frame at a time, for all rows.
 
@@ -202,7 +202,7 @@ class DecodedMel:
         ):
             if mine != other:
                 raise ValueError(f"the model's {name} is {mine}, the tokeniser's {other}")
-        self.stream, self.size = TokenizerStream(tokenizer), its.rvq.codebook_size
+        self.stream = TokenizerStream(tokenizer)
         self.codec_device = next(tokenizer.parameters()).device
         self.device = next(model.parameters()).device
         self.mel = CausalMel(**config.framing).to(self.codec_device)
@@ -261,7 +261,7 @@ def load_gpt(name: str | os.PathLike) -> GPT:
     config = json.loads(Path(file).read_text(encoding="utf-8"))
     return (HybridGPT if "n_mels" in config else GPT).from_pretrained(name)
 
-# %% ../../nbs/lm/03_hybrid.ipynb #cd57c0ea
+# %% ../../nbs/lm/03_hybrid.ipynb #cd2878ec
 @dataclass
 class Continuation:
     "Sound that a model continued: the prompt as coded and what follows it."
@@ -294,10 +294,9 @@ def continue_wav(
     frames = round(seconds * rate / tokenizer.config.hop_length)
     device = next(tokenizer.parameters()).device
     codes = tokenizer.encode(wav.to(device), config.levels)
-    prompts = check_prompts(codes, model, frames)
     if recorded and isinstance(model, HybridGPT):
         options["prompt_mels"] = CausalMel(**config.framing)(wav.cpu())
-    found = generate(model, prompts, frames, sampling, seed, tokenizer=tokenizer, **options)
+    found = generate(model, codes, frames, sampling, seed, tokenizer=tokenizer, **options)
     codes = found.codes[0].unsqueeze(0)
     made = tokenizer.decode(codes.to(device)).cpu()
     return Continuation(made, codes, found.prompts[0], found.reasons[0])

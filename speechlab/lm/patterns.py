@@ -141,13 +141,13 @@ def frame_table(
     with torch.inference_mode(False):  # else the kept table could not serve in training
         return torch.tensor(rows)
 
-# %% ../../nbs/lm/01_patterns.ipynb #4127b59a
-def _check_codes(codes: Tensor, levels: int | None = None) -> None:
+# %% ../../nbs/lm/01_patterns.ipynb #970b0465
+def _check_codes(codes: Tensor) -> None:
     wrong = not isinstance(codes, Tensor) or codes.dim() != 3 or codes.is_floating_point()
-    if wrong or not codes.shape[2] or (levels and codes.shape[1] != levels):
+    if wrong or not codes.shape[2]:
         found = getattr(codes, "shape", type(codes).__name__)
         raise ValueError(f"codes are {found}; it must be an integer tensor "
-                         f"(B, {levels or 'levels'}, frames) with at least one frame")
+                         "(B, levels, frames) with at least one frame")
 
 
 def build(
