@@ -7,13 +7,14 @@ READY := .venv/.ready
 LAB_FLAGS := $(shell test "$$(id -u)" = 0 && echo --allow-root) $(if $(or $(DISPLAY),$(WAYLAND_DISPLAY),$(filter Darwin,$(shell uname))),,--no-browser)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: lab test docs run gpu clean setup help
+.PHONY: lab test docs run gpu gpu-apply gpu-wheels clean setup help
 
 help:
 	@echo "make lab            open the course in JupyterLab (set-up included)"
 	@echo "make test           run every check at smoke scale (set-up included)"
 	@echo "make run NB=a.ipynb execute a notebook in place, keep its outputs, clean it"
-	@echo "make gpu            execute the cells that need CUDA, in place"
+	@echo "make gpu            CUDA tests, benchmarks, trainings, lessons: BUDGET=540 seconds, TO=folder"
+	@echo "make gpu-apply      take over what make gpu made: FROM=folder"
 	@echo "make docs           build the site into _docs with Quarto"
 	@echo "make clean          remove .venv and what was built (not the corpus cache)"
 
@@ -38,10 +39,18 @@ run: $(READY)
 	@test -n "$(NB)" || { echo "Which notebook? make run NB=nbs/tokenizer/01_rvq.ipynb"; exit 1; }
 	$(BIN)/python .ci/run_notebook.py $(NB)
 
-gpu: $(READY)
-	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
-		{ echo "make gpu needs a CUDA GPU, and PyTorch sees none."; exit 1; }
-	SPEECHLAB_SCALE=gpu $(BIN)/python .ci/run_notebook.py --flags "cuda slow" $(or $(NB),$(shell find nbs -name '*.ipynb' -not -path '*/.*'))
+# The machine may be bare: torch, transformers, accelerate, and wheels in .whl (`make gpu-wheels`)
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+BUDGET ?= 540
+gpu:
+	$(GPU_PYTHON) .ci/gpu.py run --budget $(BUDGET) $(if $(TO),--out $(TO)) $(if $(REHEARSE),--rehearse)
+
+gpu-apply:
+	@test -n "$(FROM)" || { echo "From which folder? make gpu-apply FROM=folder"; exit 1; }
+	$(GPU_PYTHON) .ci/gpu.py apply $(FROM)
+
+gpu-wheels: $(READY)
+	$(BIN)/python .ci/gpu.py wheels
 
 docs: $(READY)
 	@command -v quarto >/dev/null || $(BIN)/python -m pip install --quiet quarto-cli || \
@@ -49,7 +58,7 @@ docs: $(READY)
 		  echo "Install Quarto by hand, or run 'make test', whose docs check works without it."; exit 1; }
 	@quarto --version >/dev/null 2>&1 || { echo "quarto is on PATH but does not run."; exit 1; }
 	$(BIN)/nbdev_docs
-	@echo "The site is in _docs/: open _docs/index.html"
+	@echo "The site is in _docs/: $(BIN)/python -m http.server -d _docs, then http://localhost:8000"
 
 clean:
 	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

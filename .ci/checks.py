@@ -71,11 +71,18 @@ def notebooks() -> bool:
     return run("nbdev_test", "--n_workers", "2", "--timing", env=os.environ | threads)
 
 
+def pytest_in_two() -> bool:
+    """The tests in two processes of one thread each; those of a module stay together."""
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    options = ("-n", "2", "--dist", "loadscope", "--durations", "10")
+    return run("pytest", *options, env=os.environ | threads)
+
+
 CHECKS: dict[str, Callable[[], bool]] = {
     "notebooks and package in sync": in_sync,
     "ruff": lambda: run("ruff", "check", "."),
     "notebooks run": notebooks,
-    "pytest": lambda: run("pytest"),
+    "pytest": pytest_in_two,
     "docs without Quarto": lambda: run("python", ".ci/docs_check.py"),
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from speechlab.foundations.machine import device_name, library_versions
+from speechlab.foundations.machine import device_name, library_versions, wait_for_device
 
 
 def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
@@ -20,8 +20,10 @@ def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
         call()
     for _ in range(rounds):
         for name, call in calls.items():
+            wait_for_device()
             start = time.perf_counter()
             call()
+            wait_for_device()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -50,15 +52,18 @@ def options(description: str) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="a smoke test: small and few")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     found = parser.parse_args()
+    if found.device == "auto":
+        found.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(found.threads)
     return found
 
 
-def report(rows: list[dict], as_json: bool, *packages: str) -> None:
+def report(rows: list[dict], as_json: bool, *packages: str, device: str = "cpu") -> None:
     """Print what was measured, and on what."""
     found = {
-        "machine": device_name("cpu"),
+        "machine": device_name(device),
         "rows": rows,
         "versions": library_versions("speechlab", "torch", *packages),
     }

@@ -17,13 +17,16 @@ import torch
 import transformers
 from common import interleaved, options, report, rows_for
 
+from speechlab.foundations.recipes import Optim
 from speechlab.foundations.sampling import Sampling
-from speechlab.lm.gpt import GPT, Generator, make_optimizer
+from speechlab.lm.generation import Generator
+from speechlab.lm.gpt import GPT
+from speechlab.lm.gpt_training import matrices_decay
 
 CODES, PROMPT = 1024, 16
 
 
-def make_pair() -> tuple[GPT, transformers.GPT2LMHeadModel]:
+def make_pair(device: str = "cpu") -> tuple[GPT, transformers.GPT2LMHeadModel]:
     """The peer, with weights far enough from zero to be sure of its choices, and its copy."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -32,14 +35,14 @@ def make_pair() -> tuple[GPT, transformers.GPT2LMHeadModel]:
         pad_token_id=CODES, initializer_range=0.1, tie_word_embeddings=False,
     )  # fmt: skip
     peer = transformers.GPT2LMHeadModel(config).eval()
-    return GPT.from_gpt2(peer), peer
+    return GPT.from_gpt2(peer).to(device), peer.to(device)
 
 
 def generation(ours: GPT, peer, batch: int, new: int) -> dict:
     """Both ways to write `new` tokens after the same prompts."""
     prompts = torch.randint(CODES, (batch, 1, PROMPT))
     start = torch.full((batch, 1), CODES + 1)
-    ids = torch.cat([start, prompts[:, 0]], dim=1)
+    ids = torch.cat([start, prompts[:, 0]], dim=1).to(peer.device)
     greedy = Sampling(temperature=0)
 
     def mine() -> torch.Tensor:
@@ -65,9 +68,10 @@ def generation(ours: GPT, peer, batch: int, new: int) -> dict:
 def training(ours: GPT, peer, bf16: bool, rows: int, length: int, compiled: bool) -> dict:
     """One optimiser step of each."""
     codes = torch.randint(CODES, (rows, 1, length))
-    ids = torch.cat([torch.full((rows, 1), CODES + 1), codes[:, 0]], dim=1)
+    ids = torch.cat([torch.full((rows, 1), CODES + 1), codes[:, 0]], dim=1).to(peer.device)
+    codes = codes.to(peer.device)
     optimizers = {
-        "ours": make_optimizer(ours, 1e-4),
+        "ours": matrices_decay(ours, Optim(1e-4, betas=(0.9, 0.95), weight_decay=0.1)),
         "theirs": torch.optim.AdamW(
             peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         ),
@@ -79,7 +83,7 @@ def training(ours: GPT, peer, bf16: bool, rows: int, length: int, compiled: bool
     wanted = torch.nn.functional.pad(codes[:, 0], (0, 1), value=CODES)  # then comes the end
 
     def loss_of(name: str) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(peer.device.type, torch.bfloat16, enabled=bf16):
             if name == "theirs":
                 return forward[name](input_ids=ids, labels=ids).loss
             logits = forward[name](codes)[:, 0]
@@ -103,7 +107,7 @@ def main() -> None:
     results = []
     torch.set_num_threads(1)
     for batch in (1, 16):
-        ours, peer = make_pair()
+        ours, peer = make_pair(chosen.device)
         times = interleaved(generation(ours, peer, batch, new), rounds)
         speeds = {name: batch * new / seconds for name, seconds in times.items()}
         for row in rows_for(f"generate, batch {batch}", times):
@@ -118,7 +122,7 @@ def main() -> None:
     ):
         if chosen.quick and compiled:
             continue
-        ours, peer = make_pair()
+        ours, peer = make_pair(chosen.device)
         calls = training(ours.train(), peer.train(), bf16, rows, length, compiled)
         times = interleaved(calls, rounds)
         results += rows_for(f"training step, {name}", times)
@@ -127,7 +131,7 @@ def main() -> None:
         elif name == "bf16":
             mixed = {"ours": times["ours"], "transformers": plain}
             results += rows_for("training step, bf16, peer in fp32", mixed)
-    report(results, chosen.json, "transformers")
+    report(results, chosen.json, "transformers", device=chosen.device)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import pathlib, sys, time, torch
 torch.set_num_threads(int(sys.argv[3]))
 from speechlab.tokenizer.files import decode_file, encode_file
 from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
-tokenizer, start = SpeechTokenizer.from_pretrained(sys.argv[1]).fold(), time.perf_counter()
+tokenizer, start = SpeechTokenizer.load(sys.argv[1]), time.perf_counter()
 tokens = encode_file(tokenizer, sys.argv[2])
 middle = time.perf_counter()
 decode_file(tokenizer, tokens, sys.argv[2] + ".wav")

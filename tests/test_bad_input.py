@@ -6,20 +6,32 @@ Each error must name the argument. A function added to the library without a row
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 
 import pytest
 import torch
 
-from speechlab.foundations import audio, evaluation, judges
-from speechlab.foundations.audio import AudioError
+import speechlab
+from speechlab.foundations import (
+    audio,
+    audio_files,
+    contracts,
+    display,
+    evaluation,
+    judges,
+    outside_judges,
+)
+from speechlab.foundations.contracts import AudioError, CodeSpec
 from speechlab.foundations.transformer import TransformerConfig
 from speechlab.lm import hybrid
-from speechlab.tokenizer import files, losses, rvq, speech_tokenizer, streaming, teachers
+from speechlab.tokenizer import codecs, files, losses, speech_tokenizer, streaming, teachers
+from speechlab.tokenizer.frame_codec import FrameCodecConfig
 from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig
-from speechlab.tokenizer.seanet import FrameCodecConfig
 
 GOOD = torch.linspace(-0.5, 0.5, 16000).view(1, 1, -1)
+TWO = GOOD.expand(2, 1, -1)
 BAD_WAVS = {
     "a list": [0.1, 0.2],
     "empty": torch.zeros(1, 1, 0),
@@ -33,19 +45,19 @@ BAD_WAVS = {
     "out of range": 3000 * GOOD,
 }
 TAKES_WAV = {
-    "check_wav": audio.check_wav,
-    "save_wav": lambda wav: audio.save_wav("/nonexistent/a.wav", wav, 16000),
+    "check_wav": contracts.check_wav,
+    "save_wav": lambda wav: audio_files.save_wav("/nonexistent/a.wav", wav, 16000),
     "resample": lambda wav: audio.resample(wav, 16000, 8000),
     "to_mono": audio.to_mono,
     "loudness": lambda wav: audio.loudness(wav, 16000),
     "set_loudness": lambda wav: audio.set_loudness(wav, 16000),
     "log_mel": lambda wav: audio.log_mel(wav, 16000),
     "LogMel": audio.LogMel(16000),
-    "plot_wav": lambda wav: audio.plot_wav(wav, 16000),
-    "play": lambda wav: audio.play(wav, 16000),
-    "compare_players": lambda wav: audio.compare_players({"wav": wav}, 16000),
-    "Player": lambda wav: audio.Player({"wav": wav}, 16000),
-    "encode_audio": lambda wav: audio.encode_audio(wav, 16000),
+    "plot_wav": lambda wav: display.plot_wav(wav, 16000),
+    "play": lambda wav: display.play(wav, 16000),
+    "compare_players": lambda wav: display.compare_players({"wav": wav}, 16000),
+    "Player": lambda wav: display.Player({"wav": wav}, 16000),
+    "encode_audio": lambda wav: audio_files.encode_audio(wav, 16000),
 }
 ANY_CHANNELS = {"resample", "to_mono"}  # stereo is their business
 
@@ -71,11 +83,27 @@ def tiny_tokenizer():
     return speech_tokenizer.SpeechTokenizer(config).eval()
 
 
+def tiny_units() -> codecs.UnitsCodec:
+    """Units of MFCCs."""
+    blank = torch.zeros(13)
+    return codecs.UnitsCodec(
+        teachers.Units(teachers.MFCC(), blank, blank + 1, torch.eye(13)[:2])
+    )
+
+
+def tiny_encodec() -> codecs.TransformersCodec:
+    """An EnCodec of transformers."""
+    import transformers
+
+    sizes = {"num_filters": 4, "hidden_size": 8, "codebook_size": 4, "codebook_dim": 8}
+    return codecs.TransformersCodec(transformers.EncodecModel(transformers.EncodecConfig(**sizes)))
+
+
 def tiny_writer() -> hybrid.HybridGPT:
     """A hybrid for the tiny tokeniser."""
     body = TransformerConfig(16, 1, 2, context=128)
     config = hybrid.HybridConfig(
-        4, levels=8, input_levels=1, pattern="depth", body=body, depth=body,
+        CodeSpec(4, 8), levels=8, input_levels=1, pattern="depth", body=body, depth=body,
         mel=TransformerConfig(16, 1, 2, context=128),
     )  # fmt: skip
     return hybrid.HybridGPT(config).eval()
@@ -99,14 +127,21 @@ TAKES_MORE |= {
     "mel_cepstral_distortion": lambda wav: evaluation.mel_cepstral_distortion(wav, GOOD),
     "stoi": lambda wav: evaluation.stoi(wav, GOOD),
     "pesq": lambda wav: evaluation.pesq(wav, GOOD),
+    "dnsmos": lambda wav: outside_judges.dnsmos(wav),
+    "visqol": lambda wav: outside_judges.visqol(wav, wav),
     "pitch_error": lambda wav: evaluation.pitch_error(wav, GOOD),
     "encode_wav": lambda wav: files.encode_wav(tiny_tokenizer(), wav),
     "TokenizerStream": lambda wav: streaming.TokenizerStream(tiny_tokenizer()).encode(wav),
     "continue_wav": lambda wav: hybrid.continue_wav(tiny_writer(), tiny_tokenizer(), wav, 0.1),
     "CausalMel": lambda wav: hybrid.CausalMel()(wav),
+    "SpeechTokenizer": lambda wav: tiny_tokenizer().encode(wav),
+    "UnitsCodec": lambda wav: tiny_units().encode(wav),
+    "TransformersCodec": lambda wav: tiny_encodec().encode(wav),
     "si_sdr": None,  # any shape: its own tests
 }
-INTERNAL = {"pad_for_frames", "change_speed", "change_voice"}  # of networks; their callers check
+INTERNAL = {  # of networks and codecs; their callers check
+    "pad_for_frames", "change_speed", "change_voice", "in_rows", "write_sound",
+}  # fmt: skip
 TAKES_MORE |= dict.fromkeys(INTERNAL)
 
 
@@ -128,22 +163,22 @@ def test_bad_wav_elsewhere(name, kind):
         (lambda: audio.set_loudness(torch.sign(GOOD), 16000), "wav is clipped"),
         (lambda: audio.log_mel(GOOD[..., :100], 16000), "wav has 100 samples.*513"),
         (lambda: audio.log_mel(GOOD, 16000, center=False, n_fft=20000), "wav has 16000.*20000"),
-        (lambda: audio.check_sample_rate(0), "sample_rate is 0"),
-        (lambda: audio.check_sample_rate(16000.5), "sample_rate is 16000.5"),
-        (lambda: audio.check_sample_rate("16k"), "sample_rate is '16k'"),
+        (lambda: contracts.check_sample_rate(0), "sample_rate is 0"),
+        (lambda: contracts.check_sample_rate(16000.5), "sample_rate is 16000.5"),
+        (lambda: contracts.check_sample_rate("16k"), "sample_rate is '16k'"),
         (lambda: audio.resample(GOOD, 16000, -1), "to_rate is -1"),
         (lambda: audio.resample(GOOD, 0, 8000), "from_rate is 0"),
         (lambda: audio.LogMel(16000, floor=0.0), "floor is 0"),
-        (lambda: audio.save_wav("a.wav", GOOD.expand(2, 1, -1), 16000), "wav holds 2 signals"),
-        (lambda: audio.encode_audio(GOOD.expand(2, 1, -1), 16000), "wav holds 2 signals"),
-        (lambda: audio.Player({}, 16000), "clips is empty"),
+        (lambda: audio_files.save_wav("a.wav", TWO, 16000), "wav holds 2 signals"),
+        (lambda: audio_files.encode_audio(TWO, 16000), "wav holds 2 signals"),
+        (lambda: display.Player({}, 16000), "clips is empty"),
         (lambda: audio.mel_to_wav(torch.zeros(80, 10), 16000), "mel is"),
         (lambda: audio.mel_to_wav(torch.full((1, 80, 9), float("nan")), 16000), "mel contains NaN"),
-        (lambda: audio.plot_mel(torch.zeros(80, 10)), "mel is"),
-        (lambda: audio.plot_codes(torch.zeros(1, 8, 10)), "codes is"),
-        (lambda: audio.plot_codes([1, 2]), "codes is a list"),
-        (lambda: audio.load_wav(b""), "empty"),
-        (lambda: audio.load_wav(b"RIFF"), "not readable"),
+        (lambda: display.plot_mel(torch.zeros(80, 10)), "mel is"),
+        (lambda: display.plot_codes(torch.zeros(1, 8, 10)), "codes is"),
+        (lambda: display.plot_codes([1, 2]), "codes is list"),
+        (lambda: audio_files.load_wav(b""), "empty"),
+        (lambda: audio_files.load_wav(b"RIFF"), "not readable"),
     ],
 )
 def test_bad_audio_arguments(call, words):
@@ -193,7 +228,30 @@ def test_bad_codes(quantiser, method, words):
         getattr(quantiser, method)(BAD_CODES[words])
 
 
-@pytest.mark.parametrize("n_q", [0, 4, -1, 1.5, "2"])
+def test_check_codes():
+    """The one check that all of these share, and its options."""
+    check, mask = contracts.check_codes, torch.tensor([[True] * 4 + [False]] * 2)
+    assert check(CODES, 16, 3) is CODES
+    with pytest.raises(ValueError, match="prompt has 3 levels; wanted 1 to 2"):
+        check(CODES, 16, 2, name="prompt")
+    assert check(CODES[:, :2], 16, 3) is not None
+    with pytest.raises(ValueError, match="codes has 2 levels; wanted exactly 3"):
+        check(CODES[:, :2], 16, 3, exact=True)
+    assert check(CODES[..., :0], 16, 3, empty=True) is not None
+    for nothing in (CODES[:0], CODES[:, :0]):
+        with pytest.raises(ValueError, match="no dimension may be empty"):
+            check(nothing, 16, empty=True)
+    behind = CODES.clone()
+    behind[..., 4] = -1
+    assert check(behind, 16, mask=mask) is behind
+    with pytest.raises(ValueError, match="codes range from -1 to 0"):
+        check(behind, 16)
+    behind[1, 2, 3] = 16
+    with pytest.raises(ValueError, match=r"codes range from 0 to 16; they must lie in \[0, 15"):
+        check(behind, 16, mask=mask)
+
+
+@pytest.mark.parametrize("n_q", [0, 4, -1, 1.5, "2", True])
 @pytest.mark.parametrize("method", ["forward", "encode"])
 def test_bad_n_q(quantiser, method, n_q):
     with pytest.raises(ValueError, match="n_q is"):
@@ -230,18 +288,26 @@ def test_bad_settings(settings, words):
         RVQConfig(**settings)
 
 
+TAKES_CODES = {  # tested above, or with what they are made for
+    "check_codes", "code_sums", "plot_codes", "token_quality", "check_mel", "build", "pack_codes",
+    "squeeze",
+}  # fmt: skip
+
+
 def test_every_public_function_has_rows():
-    """Functions with a wav argument are in the table; those with codes are methods tested above."""
-
-    def functions_with(module, argument):
-        found = {
-            n: getattr(module, n) for n in module.__all__ if inspect.isfunction(getattr(module, n))
-        }
-        return {n for n, f in found.items() if argument in inspect.signature(f).parameters}
-
-    assert functions_with(audio, "wav") <= set(TAKES_WAV)
-    others = (evaluation, judges, losses, teachers, speech_tokenizer, streaming, files, hybrid)
-    for module in others:
-        assert functions_with(module, "wav") <= set(TAKES_MORE), module.__name__
-    assert functions_with(audio, "codes") <= {"plot_codes"}
-    assert functions_with(rvq, "codes") <= {"check_codes", "code_sums"}
+    """Functions with a wav argument are in the tables; those with codes have their tests."""
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(speechlab.__path__, "speechlab.")
+        if not found.ispkg and hasattr(importlib.import_module(found.name), "__all__")
+    ]
+    assert {audio, audio_files, contracts, display, losses, hybrid, codecs} <= set(modules)
+    taken = {"wav": set(), "codes": set()}
+    for module in modules:
+        for name in module.__all__:
+            if inspect.isfunction(getattr(module, name)):
+                for argument in taken.keys() & inspect.signature(getattr(module, name)).parameters:
+                    taken[argument].add(name)
+    assert taken["wav"] - set(TAKES_WAV) - set(TAKES_MORE) == set()
+    assert taken["codes"] - TAKES_CODES == set()
+    assert INTERNAL | {"si_sdr", "log_mel", "save_wav", "play", "continue_wav"} <= taken["wav"]

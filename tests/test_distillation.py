@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,27 +12,24 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechlab.foundations.corpus import SegmentBatches
-from speechlab.tokenizer.distillation import (
-    Distiller,
-    d_axis_loss,
-    pseudo_label_loss,
-    t_axis_loss,
-)
+from speechlab.foundations.batches import SegmentBatches, make_batch
+from speechlab.foundations.columns import with_column
+from speechlab.foundations.recipes import Optim
+from speechlab.foundations.training import TrainConfig
+from speechlab.tokenizer.distillation import Distiller, d_axis_loss, pseudo_label_loss, t_axis_loss
 from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig
+from speechlab.tokenizer.teacher_training import FinetuneRecipe, HubertRecipe
 from speechlab.tokenizer.teachers import (
     MFCC,
-    FeatureCache,
     HubertPretraining,
     Teacher,
     Units,
     change_speed,
-    finetune_hubert,
     frame_geometry,
     match_frames,
     pad_for_frames,
-    pretrain_hubert,
     span_mask,
+    teacher_column,
     tiny_hubert,
 )
 
@@ -225,11 +223,11 @@ def test_any_transformers_model_is_a_teacher(tmp_path, kind, corpus):
     if kind == "wavlm":
         transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path)
     wav = corpus[0].wav
-    one, two, mean = (Teacher.from_pretrained(tmp_path, layer) for layer in (1, 2, "average"))
+    one, two, mean = (Teacher.load(tmp_path, layer) for layer in (1, 2, "average"))
     assert mean(wav).shape == (1, -(-wav.shape[-1] // 320), 16)
     torch.testing.assert_close(mean(wav), (one(wav) + two(wav)) / 2, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(one(wav), two(wav))
-    slow = Teacher.from_pretrained(tmp_path, 1, hop_length=640)
+    slow = Teacher.load(tmp_path, 1, hop_length=640)
     assert slow(wav).shape[1] == -(-wav.shape[-1] // 640)
     if kind == "wavlm":  # normalised input: loudness does not matter
         torch.testing.assert_close(one(wav), one(0.5 * wav), atol=1e-3, rtol=1e-3)
@@ -282,27 +280,45 @@ def test_span_masks():
     assert span_mask(3, 4, 0.0, 10).any(dim=1).all()
 
 
-def test_units_and_cache(tmp_path, corpus):
+class Counted(Teacher):
+    """A teacher that counts how often it is asked."""
+
+    asked = 0
+
+    def forward(self, wav):
+        type(self).asked += 1
+        return super().forward(wav)
+
+
+def test_features_are_computed_once_and_cut_by_frame(tmp_path, corpus):
     part = corpus[:6]
-    teacher = Teacher.untrained(width=16, layers=1)
-    cache = FeatureCache(part, teacher, tmp_path)
+    teacher = Counted.untrained(width=16, layers=2)
+    found = with_column(part, teacher_column(teacher), tmp_path)
+    assert Counted.asked == 6  # one utterance at a time: padding cannot leak in
+    values = found.columns["teacher"]
     wanted = teacher(part[2].wav)[0]
-    torch.testing.assert_close(cache.utterance(part[2].id), wanted, atol=2e-2, rtol=1e-2)
-    before = cache.path.stat().st_mtime_ns
-    assert FeatureCache(part, teacher, tmp_path).path.stat().st_mtime_ns == before  # not made again
-    other = FeatureCache(part, Teacher.untrained(seed=1, width=16, layers=1), tmp_path)
-    assert other.path != cache.path  # other weights, other file
-    batches = SegmentBatches(part, 1.0, 4, multiple=320)
-    batch = batches[3]
-    features, mask = cache.batch(batch)
+    torch.testing.assert_close(values.cut(part[2].id).T, wanted, atol=2e-2, rtol=1e-2)
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    before, asked = (place / "values.bin").stat().st_mtime_ns, Counted.asked
+    again = with_column(part, teacher_column(teacher), tmp_path).columns["teacher"]
+    assert (place / "values.bin").stat().st_mtime_ns == before
+    assert Counted.asked == asked  # not made again
+    assert torch.equal(again.cut(part[2].id), values.cut(part[2].id))
+    with_column(part, teacher_column(Counted.untrained(seed=1, width=16, layers=2)), tmp_path)
+    assert Counted.asked == asked + 6  # other weights, other file
+    with_column(part, teacher_column(Counted(teacher.model, layer=1)), tmp_path)
+    assert Counted.asked == asked + 12  # another layer of the same weights: another file
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 3
+    batch = SegmentBatches(found, 1.0, 4, multiple=320)[3]
+    features, mask = batch["teacher"], batch.valid("teacher")
+    assert features.shape == (4, 16, 50)
     for row, (name, start) in enumerate(zip(batch.ids, batch.starts)):
         assert start % 320 == 0
-        found = cache.utterance(name)[start // 320 :][:50]
-        assert torch.equal(features[row, : len(found)], found)
-        assert mask[row].sum() == len(found)
-    batch.starts[0] += 1
+        whole = values.cut(name)[:, start // 320 :][:, :50]
+        assert torch.equal(features[row, :, : whole.shape[1]], whole)
+        assert mask[row].sum() == whole.shape[1]
     with pytest.raises(ValueError, match="multiple of 320"):
-        cache.batch(batch)
+        make_batch(found, [(0, batch.starts[0] + 1, batch.starts[0] + 3201)])
 
 
 def test_units_name_the_nearest_centre(corpus):
@@ -318,43 +334,66 @@ def test_units_name_the_nearest_centre(corpus):
 
 
 @pytest.mark.parametrize("kind", ["d_axis", "t_axis", "pseudo_label"])
-def test_distiller(tmp_path, corpus, kind):
-    part = corpus[:6]
-    teacher = Teacher.untrained(width=16, layers=1)
-    distiller = Distiller(part, teacher, kind, clusters=5, folder=tmp_path)
+def test_distiller(corpus, kind):
+    part = with_column(corpus[:6], teacher_column(Teacher.untrained(width=16, layers=1)), "")
+    distiller = Distiller(part, kind, clusters=5)
+    assert distiller.size == (5 if kind == "pseudo_label" else 16)
     batch = SegmentBatches(part, 0.5, 4, multiple=320)[0]
     semantic = noise(4, 25, distiller.size).requires_grad_(True)
     loss = distiller(semantic, batch)
     loss.backward()
     assert torch.isfinite(loss)
     assert semantic.grad.abs().sum() > 0
+    features, mask = batch["teacher"].transpose(1, 2), batch.valid("teacher")
+    if kind == "pseudo_label":
+        wanted = pseudo_label_loss(semantic, distiller.units.number(features), mask)
+    else:  # standardised by the corpus's own mean and deviation
+        rows = torch.cat([part.columns["teacher"].cut(e.id).T for e in part.entries])
+        features = (features - rows.mean(dim=0)) / rows.std(dim=0)
+        wanted = {"d_axis": d_axis_loss, "t_axis": t_axis_loss}[kind](semantic, features, mask)
+    torch.testing.assert_close(loss, wanted)
+    again = Distiller(part, kind, clusters=5)
+    assert all(torch.equal(a, b) for a, b in zip(again.buffers(), distiller.buffers()))  # seeded
     with pytest.raises(ValueError, match="kind is 'both'"):
-        Distiller(part, teacher, "both", folder=tmp_path)
+        Distiller(part, "both")
+    with pytest.raises(ValueError, match="no column 'teacher'"):
+        Distiller(corpus[:6], kind)
 
 
 def test_pretraining_learns_and_resumes(tmp_path, corpus):
-    units = Units.fit(MFCC(), corpus[:6], 8)
-
-    def run(folder, steps):
-        torch.manual_seed(0)
-        return pretrain_hubert(
-            corpus, units, folder, steps, seconds=1.0, batch_size=4, hubert=tiny_hubert(16, 1)
-        )
-
-    one, history = run(tmp_path / "a", 12)
+    recipe = HubertRecipe(
+        optim=Optim(2e-3, 1, betas=(0.9, 0.98)), loop=TrainConfig(12, log_every=3),
+        batch_size=4, clusters=8, seconds=1.0, width=16, layers=1,
+    )  # fmt: skip
+    one, history = recipe.train(tmp_path / "a", corpus)
     assert history[-1]["loss"] < 1.5 * 1.2 * math.log(8) * 1.2
-    two, _ = run(tmp_path / "a", 12)  # finished: nothing to do
-    for a, b in zip(one.state_dict().values(), two.state_dict().values()):
-        assert torch.equal(a, b)
+    assert history[-1]["loss"] < history[0]["loss"]
+    two, again = recipe.train(tmp_path / "a", corpus)  # finished: nothing to do
+    assert again == history
+    recipe.train(tmp_path / "b", corpus, until=5)
+    three, _ = recipe.train(tmp_path / "b", corpus)  # in two parts
+    for other in (two, three):
+        for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_finetuning_learns_and_leaves_its_start_alone(tmp_path, corpus):
-    start = Teacher.untrained(width=16, layers=1).model
-    before = {k: v.clone() for k, v in start.state_dict().items()}
-    tuned, history = finetune_hubert(start, corpus, tmp_path, 30, 4, learning_rate=5e-3)
+    Teacher.untrained(seed=3, width=16, layers=1).model.save_pretrained(tmp_path / "start")
+    stored = (tmp_path / "start" / "model.safetensors").read_bytes()
+    recipe = FinetuneRecipe(
+        optim=Optim(5e-3, 3), loop=TrainConfig(30, log_every=25), batch_size=4,
+        start=str(tmp_path / "start"),
+    )  # fmt: skip
+    tuned, history = recipe.train(tmp_path / "run", corpus)
     assert history[-1]["loss"] < history[0]["loss"]
-    assert all(torch.equal(before[k], v) for k, v in start.state_dict().items())
+    assert (tmp_path / "start" / "model.safetensors").read_bytes() == stored
+    before = Teacher.load(tmp_path / "start").model.state_dict()
+    assert before.keys() == tuned.state_dict().keys()
     assert any(not torch.equal(before[k], v) for k, v in tuned.state_dict().items())
+    slow = replace(recipe, optim=Optim(1e-9, 0), loop=TrainConfig(1))  # hardly a step
+    near, _ = slow.train(tmp_path / "near", corpus)  # what is tuned began as the start
+    for key, value in near.state_dict().items():
+        torch.testing.assert_close(value, before[key], atol=1e-6, rtol=0)
 
 
 @given(factor=st.floats(0.7, 1.4), samples=st.integers(1600, 9000))

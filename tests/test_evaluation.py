@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from speechlab.foundations.evaluation import (
     MEASURES,
-    bootstrap,
     code_quality,
     error_counts,
     error_rate,
@@ -21,8 +20,6 @@ from speechlab.foundations.evaluation import (
     mel_cepstra,
     mel_cepstral_distortion,
     mel_distance,
-    over_seeds,
-    paired_difference,
     phone_frames,
     phone_symbols,
     pitch_error,
@@ -33,6 +30,7 @@ from speechlab.foundations.evaluation import (
     token_quality,
 )
 from speechlab.foundations.judges import Recognizer, SpeakerEncoder, SpeakerEncoderConfig
+from speechlab.foundations.statistics import bootstrap, over_seeds, paired_difference
 
 
 def test_phone_frames_are_those_of_the_middle_sample(corpus):
@@ -231,6 +229,30 @@ def test_mcd_is_the_sum_of_cosines(corpus):
     assert mel_cepstral_distortion(one, one) == 0
 
 
+def test_mcd_has_the_usual_constant(corpus):
+    """All of it: (10 / ln 10) * mean over frames of sqrt(2 * sum over d of the squared difference).
+
+    A gain g moves each natural-log mel by ln g and so cepstrum 0 only; a tilt of a * cos(pi d
+    (k + 1/2) / 80) over the bands moves cepstrum d by a, whose MCD is known without any cepstrum.
+    """
+    from speechlab.foundations import evaluation
+    from speechlab.foundations.audio import log_mel
+
+    wav, tilt, size = corpus[0].wav, 5, 0.2
+    bands = np.cos(np.pi * tilt * (np.arange(80) + 0.5) / 80)
+
+    def tilted(signal, *rest, **named):
+        mel = log_mel(signal, *rest, **named)
+        lift = size * torch.tensor(bands, dtype=torch.float32) / math.log(10)
+        return mel + (signal is other) * lift[:, None]
+
+    other = wav.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "log_mel", tilted)
+        found = mel_cepstral_distortion(wav, other)
+    assert found == pytest.approx(10 / math.log(10) * math.sqrt(2 * size**2), rel=1e-4)
+
+
 def test_mcd_warps_other_lengths(corpus):
     wav = corpus[0].wav
     slow = torch.nn.functional.interpolate(wav, scale_factor=1.15)
@@ -267,8 +289,8 @@ def test_stoi_and_pesq_fall_with_noise(corpus):
 
 def test_evaluate_gives_ceilings_and_measures(corpus):
     part = corpus[:6]
-    reader = Recognizer.from_pretrained("character-recognizer")
-    voice = SpeakerEncoder.from_pretrained("speaker-encoder")
+    reader = Recognizer.load("character-recognizer")
+    voice = SpeakerEncoder.load("speaker-encoder")
     top = evaluate(part, None, reader, voice)
     assert top.estimates.keys() >= {"WER", "CER"}
     assert "mel distance" not in top.estimates
@@ -282,7 +304,8 @@ def test_evaluate_gives_ceilings_and_measures(corpus):
     assert quiet.values["mel distance"] == pytest.approx(by_hand)
     with pytest.raises(ValueError, match="measures has"):
         evaluate(part, lambda wav: wav, measures=("loudness",))
-    assert {"mel distance", "MCD", "SI-SDR", "STOI", "PESQ", "F0"} == MEASURES.keys()
+    alone = {"mel distance", "MCD", "SI-SDR", "STOI", "PESQ", "F0"}
+    assert alone | {"ViSQOL", "DNSMOS"} == MEASURES.keys()
     silent = evaluate(part, lambda wav: 0 * wav, None, None, ("F0",))
     assert len(silent.values["F0"]) == len(part)  # NaN: one for each utterance, for paired use
     assert "F0" not in silent.estimates
@@ -292,7 +315,7 @@ def test_evaluate_gives_ceilings_and_measures(corpus):
 
 
 def test_error_rate_of_phones_is_the_recognisers(corpus):
-    phones = Recognizer.from_pretrained("phone-recognizer")
+    phones = Recognizer.load("phone-recognizer")
     part = corpus.split("test")
     errors = [error_counts(phones.reference(u.entry), phones.transcribe(u.wav)[0]) for u in part]
     found = error_rate(phones, part)
@@ -307,7 +330,7 @@ def test_error_rate_of_phones_is_the_recognisers(corpus):
 
 
 def test_the_shipped_speaker_encoder_knows_unseen_voices(corpus):
-    voice = SpeakerEncoder.from_pretrained("speaker-encoder")
+    voice = SpeakerEncoder.load("speaker-encoder")
     found = speaker_ceiling(voice, corpus)
     assert found["equal error rate"] < 0.1
     assert found["same voice"] > found["different voices"] + 0.3
@@ -318,10 +341,10 @@ def test_the_shipped_speaker_encoder_knows_unseen_voices(corpus):
 
 def test_real_speech_is_beyond_the_small_judges(real_speech):
     """The shipped recogniser fails on real recordings; the ceiling says so. STOI does not care."""
-    from speechlab.foundations.corpus import ljspeech_corpus
+    from speechlab.foundations.corpora import ljspeech_corpus
 
     part = ljspeech_corpus(real_speech / "ljspeech", 16000, resample_to_rate=True)[:4]
-    reader = Recognizer.from_pretrained("character-recognizer")
+    reader = Recognizer.load("character-recognizer")
     found = evaluate(part, lambda wav: wav, reader, None, ("STOI",))
     assert found.estimates["WER"].value > 0.5
     assert found.estimates["STOI"].value > 0.99

@@ -5,22 +5,31 @@ from __future__ import annotations
 import random
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from same_codes import assert_same_codes
 
-from speechlab.foundations.audio import load_wav, resample, save_wav
-from speechlab.tokenizer import files
-from speechlab.tokenizer.files import TokenFile, TokenFileError, from_bytes, to_bytes
-from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
+from speechlab.foundations.audio import resample
+from speechlab.foundations.audio_files import load_wav, save_wav
+from speechlab.foundations.contracts import CodeSpec, CodeSpecError
+from speechlab.foundations.models import ModelError
+from speechlab.tokenizer import files, shards, tokens
+from speechlab.tokenizer.frame_codec import FrameCodecConfig
+from speechlab.tokenizer.speech_tokenizer import CONFIGS, SpeechTokenizer, SpeechTokenizerConfig
+from speechlab.tokenizer.tokens import TokenFile, TokenFileError, from_bytes, to_bytes
+
+SMALL = FrameCodecConfig(width=8, encoder_blocks=1, decoder_blocks=1, sample_rate=8000)
+AT_8K = SpeechTokenizerConfig(SMALL, CONFIGS["small"].rvq, 0, 8000)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return SpeechTokenizer.from_pretrained("speechtokenizer-small").fold()
+    return SpeechTokenizer.load("speechtokenizer-small")
 
 
 @st.composite
@@ -33,7 +42,8 @@ def token_files(draw):
     hop = draw(st.integers(1, 2000))
     samples = max(0, frames * hop - draw(st.integers(0, hop - 1)))
     name = draw(st.text(max_size=20))
-    return TokenFile(codes, size, draw(st.integers(1, 2**31 - 1)), hop, samples, 7, name)
+    spec = CodeSpec(size, n_q, draw(st.integers(1, 2**31 - 1)), hop, 7, name)
+    return TokenFile(codes, spec, samples)
 
 
 @settings(max_examples=150)
@@ -41,10 +51,10 @@ def token_files(draw):
 def test_files_come_back(file, entropy):
     again = from_bytes(to_bytes(file, entropy))
     assert torch.equal(again.codes, file.codes)
-    for name in ("codebook_size", "sample_rate", "hop_length", "samples", "fingerprint"):
-        assert getattr(again, name) == getattr(file, name)
-    assert file.model.startswith(again.model)
-    assert again.seconds == file.samples / file.sample_rate
+    assert again.samples == file.samples
+    assert again.spec == replace(file.spec, name=again.spec.name)
+    assert file.spec.name.startswith(again.spec.name)
+    assert again.seconds == file.samples / file.spec.sample_rate
 
 
 def test_packed_bits_are_those_of_the_codes():
@@ -53,8 +63,8 @@ def test_packed_bits_are_those_of_the_codes():
     digits = "".join(format(int(c), "010b") for frame in codes.T for c in frame)
     digits += "0" * (-len(digits) % 8)
     wanted = bytes(int(digits[i : i + 8], 2) for i in range(0, len(digits), 8))
-    assert files.pack_codes(codes, 1000) == wanted
-    assert [files.bits_per_code(k) for k in (2, 3, 256, 257, 1024)] == [1, 2, 8, 9, 10]
+    assert tokens.pack_codes(codes, 1000) == wanted
+    assert [tokens.bits_per_code(k) for k in (2, 3, 256, 257, 1024)] == [1, 2, 8, 9, 10]
 
 
 @settings(max_examples=60)
@@ -62,35 +72,36 @@ def test_packed_bits_are_those_of_the_codes():
 def test_arithmetic_coding_comes_back(size, n_q, frames, seed):
     rng = np.random.default_rng(seed)
     skewed = (rng.random((n_q, frames)) ** rng.integers(1, 40) * size).astype(int)
-    data = files.squeeze(skewed, size)
-    assert (files.unsqueeze(data, n_q, frames, size) == skewed).all()
+    data = tokens.squeeze(skewed, size)
+    assert (tokens.unsqueeze(data, n_q, frames, size) == skewed).all()
 
 
 def test_long_runs_and_carries():
     """Runs make wide symbols and many carries; the counts are halved on the way."""
     codes = np.repeat(np.random.default_rng(0).integers(5, size=60), 200)[None]
-    data = files.squeeze(codes, 5)
-    assert (files.unsqueeze(data, *codes.shape, 5) == codes).all()
+    data = tokens.squeeze(codes, 5)
+    assert (tokens.unsqueeze(data, *codes.shape, 5) == codes).all()
     assert 8 * len(data) / codes.size < 0.2
 
 
 def test_bits_follow_the_model_that_both_sides_count():
     """The size is the sum of -log2 p under the same counts, within a few bytes."""
     codes = np.random.default_rng(1).integers(40, size=(1, 3000)) // 3
-    model, before, bits = files._Counts(16), 0, 0.0
+    model, before, bits = tokens._Counts(16), 0, 0.0
     for code in codes[0].tolist():
         table = model.table(before)
         bits -= np.log2((table[code + 1] - table[code]) / table[-1])
         model.count(code, before)
         before = code
-    assert abs(8 * len(files.squeeze(codes, 16)) - bits) < 80
+    assert abs(8 * len(tokens.squeeze(codes, 16)) - bits) < 80
 
 
 @pytest.fixture(scope="module")
 def originals():
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(256, size=(8, 40)) // rng.integers(1, 30, size=(8, 1)))
-    file = TokenFile(codes, 256, 16000, 320, 40 * 320 - 7, 123, "speechtokenizer-small")
+    spec = CodeSpec(256, 8, 16000, 320, 123, "speechtokenizer-small")
+    file = TokenFile(codes, spec, 40 * 320 - 7)
     return file, to_bytes(file), to_bytes(file, entropy=True)
 
 
@@ -147,7 +158,7 @@ def test_any_bytes_are_refused(data):
 def test_claims_are_bounded():
     """A few bytes that promise a year of sound are refused before anything is unpacked."""
     for flags in (0, 1):
-        head = files._HEADER.pack(b"SPT1", 1, flags, 8, 256, 16000, 320, 2**40, 2**48, 0, 0)
+        head = tokens._HEADER.pack(b"SPT1", 2, flags, 8, 256, 16000, 320, 2**40, 2**48, 0, 0, 0)
         data = head + struct.pack("<Q", 5) + b"12345"
         with pytest.raises(TokenFileError, match="cannot be"):
             from_bytes(data + struct.pack("<I", zlib.crc32(data)))
@@ -158,9 +169,9 @@ def test_claims_are_bounded():
     [
         (lambda d: b"RIFF" + d[4:], "not a speechlab token file"),
         (lambda d: d[:3], "too short"),
-        (lambda d: d[:4] + b"\x02" + d[5:], "version 2"),
+        (lambda d: d[:4] + b"\x01" + d[5:], "version 1"),
         (lambda d: d[:-20], "truncated"),
-        (lambda d: d[:70] + bytes([d[70] ^ 1]) + d[71:], "checksum"),
+        (lambda d: d[:80] + bytes([d[80] ^ 1]) + d[81:], "checksum"),
     ],
 )
 def test_damage_is_named(originals, tmp_path, change, words):
@@ -175,18 +186,26 @@ def test_damage_is_named(originals, tmp_path, change, words):
     ("settings", "words"),
     [
         ({"codes": torch.zeros(8, 3)}, "codes is torch.float32"),
-        ({"codes": torch.full((8, 3), 256)}, "codes must lie"),
+        ({"codes": torch.full((8, 3), 256)}, "codes range from 256 to 256; they must lie"),
+        ({"codes": torch.full((8, 3), -1)}, "codes range from -1 to -1; they must lie"),
         ({"codes": torch.zeros(3, dtype=torch.long)}, "codes is"),
+        ({"codes": torch.zeros(7, 3, dtype=torch.long)}, "codes has 7 levels; wanted exactly 8"),
         ({"codebook_size": 1}, "codebook_size is 1"),
+        ({"codebook_size": 65537}, "codebook_size is 65537"),
         ({"samples": 5000}, "do not make 3 frames"),
-        ({"hop_length": 0}, "hop_length 0"),
+        ({"hop_length": 0}, "hop_length is 0"),
+        ({"hop_length": 1 << 31, "samples": 5 << 30}, f"hop_length {1 << 31}"),
     ],
 )
 def test_bad_token_files(settings, words):
     good = {"codes": torch.zeros(8, 3, dtype=torch.long), "codebook_size": 256}
-    good |= {"sample_rate": 16000, "hop_length": 320, "samples": 900}
+    given = good | {"sample_rate": 16000, "hop_length": 320, "samples": 900} | settings
     with pytest.raises(ValueError, match=words):
-        TokenFile(**(good | settings))
+        TokenFile(
+            given["codes"],
+            CodeSpec(given["codebook_size"], 8, given["sample_rate"], given["hop_length"]),
+            given["samples"],
+        )
 
 
 # Sound
@@ -194,9 +213,14 @@ def test_bad_token_files(settings, words):
 
 def test_wave_to_file_and_back(tokenizer, corpus, tmp_path):
     wav = corpus[0].wav
-    file = files.encode_wav(tokenizer, wav, model="here")
+    file = files.encode_wav(tokenizer, wav)
+    assert file.spec == tokenizer.spec
+    assert file.spec.name == "speechtokenizer-small"
+    assert_same_codes(tokenizer, wav, file.codes[None])
     path = files.write_tokens(tmp_path / "deep" / "a.spt", file, entropy=True)
     again = files.read_tokens(path)
+    assert again.spec == file.spec
+    assert torch.equal(again.codes, file.codes)
     rebuilt = files.decode_tokens(tokenizer, again)
     torch.testing.assert_close(rebuilt, tokenizer.decode(tokenizer.encode(wav), wav.shape[-1]))
     two = files.decode_tokens(tokenizer, again, 2)
@@ -207,13 +231,30 @@ def test_wave_to_file_and_back(tokenizer, corpus, tmp_path):
         files.encode_wav(tokenizer, wav.repeat(2, 1, 1))
 
 
-def test_codes_of_another_tokenizer_are_refused(tokenizer, corpus):
-    file = files.encode_wav(tokenizer, corpus[0].wav, model="ours")
-    with pytest.raises(TokenFileError, match="another tokeniser 'ours'"):
-        files.decode_tokens(SpeechTokenizer.from_pretrained("encodec-small"), file)
-    assert files.fingerprint(tokenizer) == files.fingerprint(
-        SpeechTokenizer.from_pretrained("speechtokenizer-small")
-    )
+def test_a_file_in_blocks_is_the_whole(tokenizer, corpus, tmp_path):
+    wav = torch.cat([corpus[i].wav for i in range(8)], dim=-1)
+    assert wav.shape[-1] > 12 * 16000  # more than a piece
+    path = save_wav(tmp_path / "a.wav", wav, 16000)
+    heard, _ = load_wav(path)
+    file = files.encode_file(tokenizer, path, 5)
+    assert (file.samples, file.spec) == (wav.shape[-1], tokenizer.spec.levels(5))
+    assert_same_codes(tokenizer, heard, file.codes[None])
+    target = files.decode_file(tokenizer, file, tmp_path / "b.wav")
+    sound, rate = load_wav(target)
+    assert rate == 16000
+    torch.testing.assert_close(sound, files.decode_tokens(tokenizer, file), atol=1e-4, rtol=0)
+
+
+def test_codes_of_another_tokenizer_are_refused(tokenizer, corpus, tmp_path):
+    file, other = files.encode_wav(tokenizer, corpus[0].wav), SpeechTokenizer.load("encodec-small")
+    words = r"another tokeniser \(speechtokenizer-small\): their fingerprint is [0-9a-f]{8}, wanted"
+    with pytest.raises(CodeSpecError, match=words):
+        files.decode_tokens(other, file)
+    with pytest.raises(CodeSpecError, match=words):
+        files.decode_file(other, file, tmp_path / "a.wav")
+    assert list(tmp_path.iterdir()) == []
+    assert tokenizer.spec == SpeechTokenizer.load("speechtokenizer-small").spec
+    assert tokenizer.spec.fingerprint not in (0, other.spec.fingerprint)
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100])
@@ -254,8 +295,9 @@ def test_bad_recordings(tmp_path, tokenizer):
     (tmp_path / "half.wav").write_bytes(whole[:16000])
     with pytest.raises(ValueError, match="truncated"):
         files.encode_file(tokenizer, tmp_path / "half.wav")
-    file = files.encode_wav(tokenizer, torch.zeros(1, 1, 16000), model="é" * 200)
-    assert from_bytes(to_bytes(file)).model == "é" * 127  # 255 bytes, no half letters
+    file = files.encode_wav(tokenizer, torch.zeros(1, 1, 16000))
+    file = replace(file, spec=replace(file.spec, name="é" * 200))
+    assert from_bytes(to_bytes(file)).spec.name == "é" * 127  # 255 bytes, no half letters
     with pytest.raises(ValueError, match="cannot write this ending"):
         files.decode_file(tokenizer, file, tmp_path / "a.m4a")
 
@@ -285,15 +327,18 @@ def test_folders_resume_and_report(tmp_path, corpus):
     assert made[0].name.endswith(".flac.spt")
     made[0].write_bytes(made[0].read_bytes()[:-1])  # damaged: made again
     report = files.encode_folder(name, tmp_path / "in", out)
-    assert (report.done, report.skipped) == (1, 3)
+    assert (report.done, report.again, report.skipped) == (0, 1, 3)
     report = files.encode_folder(name, tmp_path / "in", out, n_q=2)  # other settings: made again
-    assert (report.done, report.skipped) == (4, 0)
+    assert (report.again, report.skipped) == (4, 0)
     back = files.decode_folder(name, out, tmp_path / "back", workers=2)
     assert back.done == 4
     _, rate = load_wav(sorted((tmp_path / "back").rglob("*.wav"))[0])
     assert rate == 16000
     other = files.decode_folder("encodec-small", out, tmp_path / "other")
     assert len(other.failed) == 4
+    assert all("another tokeniser" in reason for reason in other.failed.values())
+    with pytest.raises(ModelError, match="did you mean"):
+        files.encode_folder("speechtokeniser-small", tmp_path / "in", tmp_path / "x")
     (out / "twice").mkdir()
     for ending in ("flac", "wav"):  # a.flac and a.wav: both are kept apart
         (out / "twice" / f"a.{ending}.spt").write_bytes(made[1].read_bytes())
@@ -306,22 +351,50 @@ def test_folders_resume_and_report(tmp_path, corpus):
         files.encode_folder(name, out, tmp_path / "x")
 
 
-def test_shards(tmp_path, tokenizer, corpus):
+def test_shards(tmp_path, tokenizer, corpus, monkeypatch):
     part = corpus[:5]
-    shards = files.write_shards(tokenizer, part, tmp_path, rows=2, n_q=3, model="small")
-    assert len(shards) == 3
-    rows = files.read_shards(tmp_path)
-    assert rows["id"][:] == [e.id for e in part.entries]
-    for row, u in zip(rows, part):
-        assert torch.equal(files.shard_codes(row), tokenizer.encode(u.wav, 3)[0])
-        assert (row["speaker"], row["text"], row["samples"]) == (u.speaker, u.text, u.entry.samples)
-    times = [p.stat().st_mtime_ns for p in shards]
-    shards[1].unlink()
-    files.write_shards(tokenizer, part, tmp_path, rows=2, n_q=3)
-    assert [p.stat().st_mtime_ns == t for p, t in zip(shards, times)] == [True, False, True]
-    assert len(files.write_shards(tokenizer, part, tmp_path, rows=5, n_q=2)) == 1
-    assert len(files.read_shards(tmp_path)) == 5  # the shards of the other run are gone
-    files.write_shards(tokenizer, part, tmp_path, rows=2, n_q=2)  # other settings: made again
-    assert {row["n_q"] for row in files.read_shards(tmp_path)} == {2}
+    paths = shards.write_shards(tokenizer, part, tmp_path, rows=2, n_q=3)
+    assert len(paths) == 3
+    found = shards.shard_corpus(tmp_path)
+    assert [e.id for e in found.entries] == [e.id for e in part.entries]
+    assert found.sample_rate == 16000
+    codes = found.columns["codes"]
+    assert codes.spec == tokenizer.spec.levels(3)
+    for entry, u in zip(found.entries, part):
+        assert_same_codes(tokenizer, u.wav, codes.cut(entry.id)[None])
+        assert codes.cut(entry.id).shape[0] == 3
+        assert (entry.speaker, entry.text, entry.samples) == (u.speaker, u.text, u.entry.samples)
+    with pytest.raises(TokenFileError, match="no sound"):
+        _ = found[0].wav
+    before = [p.read_bytes() for p in paths]
+    paths[1].unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", None)  # nothing is encoded twice
+        shards.write_shards(tokenizer, part, tmp_path, rows=2, n_q=3)
+    assert [p.read_bytes() for p in paths] == before
+    assert len(shards.write_shards(tokenizer, part, tmp_path, rows=5, n_q=2)) == 1
+    assert len(shards.shard_corpus(tmp_path)) == 5  # the shards of the other run are gone
+    shards.write_shards(tokenizer, part, tmp_path, rows=2, n_q=2)  # other settings: made again
+    two = shards.shard_corpus(tmp_path).columns["codes"]
+    assert two.spec.n_q == 2
+    assert {len(two.cut(e.id)) for e in part.entries} == {2}
     with pytest.raises(TokenFileError, match="no tokens"):
-        files.read_shards(tmp_path / "nothing")
+        shards.shard_corpus(tmp_path / "nothing")
+
+
+def test_shards_that_do_not_belong_together(tmp_path, tokenizer, corpus):
+    import pyarrow
+    import pyarrow.parquet
+
+    (one,) = shards.write_shards(tokenizer, corpus[:2], tmp_path / "a", n_q=2)
+    (two,) = shards.write_shards(tokenizer, corpus[2:4], tmp_path / "b", n_q=3)
+    twice = tmp_path / "a" / "tokens-00001.parquet"
+    for path, words in ((one, "2 utterances twice"), (two, "2 tokenisers")):
+        twice.write_bytes(path.read_bytes())
+        with pytest.raises(TokenFileError, match=words):
+            shards.shard_corpus(tmp_path / "a")
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["x"]}), twice)
+    with pytest.raises(TokenFileError, match="not a token shard"):
+        shards.shard_corpus(tmp_path / "a")
+    with pytest.raises(ValueError, match="corpus has 16000 Hz"):
+        shards.write_shards(SpeechTokenizer(AT_8K), corpus[:2], tmp_path / "c")

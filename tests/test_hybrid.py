@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,27 +12,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_gpt import coded_corpus
 
+from speechlab import load
 from speechlab.foundations.audio import log_mel
+from speechlab.foundations.batches import make_batch
+from speechlab.foundations.columns import codes_column, with_column
+from speechlab.foundations.contracts import CodeSpec, CodeSpecError
 from speechlab.foundations.corpus import embedded_corpus
+from speechlab.foundations.models import ModelError
+from speechlab.foundations.recipes import Optim
 from speechlab.foundations.sampling import Sampling
+from speechlab.foundations.training import TrainConfig
 from speechlab.foundations.transformer import TransformerConfig
-from speechlab.lm.gpt import GPT, Clips, GPTConfig, GPTTraining, generate, likelihood, train_gpt
+from speechlab.lm.generation import generate
+from speechlab.lm.gpt import GPT, GPT_CONFIGS, GPTConfig, token_nll
+from speechlab.lm.gpt_training import GPTRecipe, fit_config
 from speechlab.lm.hybrid import (
     HYBRID_CONFIGS,
     CausalMel,
     DecodedMel,
     HybridConfig,
     HybridGPT,
-    clip_mels,
+    HybridRecipe,
     continue_wav,
-    fit_config,
-    load_gpt,
-    plot_study,
-    study_rows,
-    study_table,
-    training_clips,
+    mel_column,
 )
+from speechlab.lm.likelihood import likelihood
+from speechlab.studies import whisper_gpt
+from speechlab.studies.study import reproduce
+from speechlab.studies.whisper_gpt import SETTINGS, plot_study, study_rows, study_table
 from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +53,7 @@ HOP = 320
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return SpeechTokenizer.from_pretrained("small-causal").fold()
+    return SpeechTokenizer.load("small-causal")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +68,40 @@ def make(config: HybridConfig = SMALL, seed: int = 0) -> HybridGPT:
     for weight in model.parameters():
         weight.data.mul_(4) if weight.dim() > 1 else weight.data.add_(0.3)
     return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2, 6])
+def test_the_hybrid_from_its_prefixes_in_float64(frames):
+    """-log p of token t, computed anew from c_1 … c_(t-1) and x_1 … x_(t-1) and nothing else."""
+    model = make().double()
+    rng = torch.Generator().manual_seed(frames)
+    codes = torch.randint(256, (1, 1, frames), generator=rng)
+    mel = torch.randn(1, 64, frames, generator=rng, dtype=torch.float64) * 2 - 1
+    model.mel_mean.normal_(generator=rng), model.mel_scale.uniform_(0.5, 2.0, generator=rng)
+    table, first = model.tokens[0].weight, model.config.empty
+    into, fuse, split = model.mel_in, model.fuse.weight, model.config.body.dim
+    wanted = []
+    for t in range(frames + 1):
+        words = [first, *codes[0, 0, :t].tolist()]
+        slices = [model.mel_start]
+        for s in range(t):
+            bands = [(mel[0, b, s] - model.mel_mean[b]) / model.mel_scale[b] for b in range(64)]
+            slices.append(torch.stack(bands))
+        heard = model.mel_body(torch.stack([into.weight @ x + into.bias for x in slices])[None])[0]
+        rows = [
+            fuse[:, :split] @ table[word] + fuse[:, split:] @ sound
+            for word, sound in zip(words, heard)
+        ]
+        last = model.head(model.body(torch.stack(rows)[None])[0, -1])
+        right = model.config.end if t == frames else int(codes[0, 0, t])
+        top = float(last.max())
+        total = sum(math.exp(float(x) - top) for x in last)
+        wanted.append(top + math.log(total) - float(last[right]))
+    logits = model(codes, None, mel)
+    targets = [*codes[0, 0].tolist(), model.config.end]
+    found = [-float(row.log_softmax(-1)[c]) for row, c in zip(logits[0, 0], targets)]
+    assert found == pytest.approx(wanted, rel=1e-9)
 
 
 def future_changes(model, framing, frames: int, t: int, seed: int, rest: int = 0) -> float:
@@ -130,7 +174,7 @@ def test_slices_in_pieces(sizes):
     wav = 0.1 * torch.randn(2, 1, frames * HOP)
     parts, past = [], None
     for piece in wav.split([n * HOP for n in sizes], dim=-1):
-        found, past = framing.stream(piece, past)
+        found, past = framing.step(piece, past)
         parts.append(found)
     torch.testing.assert_close(torch.cat(parts, dim=2), framing(wav))
 
@@ -144,7 +188,7 @@ WIDE = replace(SMALL, levels=3)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_generation_equals_one_pass(config, lengths, seed):
     """Tokens, sound, slice, next token: with a cache, without, and checked by a full pass."""
-    tokenizer = SpeechTokenizer.from_pretrained("small-causal").fold()
+    tokenizer = SpeechTokenizer.load("small-causal")
     model = make(config, seed=1)
     prompts = [torch.randint(256, (config.levels, n)) for n in lengths]
     found = []
@@ -199,71 +243,105 @@ def test_padding_is_not_heard():
     torch.testing.assert_close(found, alone[0], rtol=1e-4, atol=1e-4)
 
 
-def test_mel_statistics_come_from_the_clips():
+def test_mel_statistics_come_from_the_corpus():
     mels = [3 + 2 * torch.randn(64, 50) for _ in range(20)]
-    clips = Clips([torch.zeros(1, 50).short()] * 20, [str(i) for i in range(20)], mels)
-    model = HybridGPT(SMALL).fit_mel(clips)
+    corpus = coded_corpus([torch.zeros(1, 50).long()] * 20, 256, mels)
+    model = HybridGPT(SMALL).fit_mel(corpus)
     assert (model.mel_mean - 3).abs().max() < 0.3 and (model.mel_scale - 2).abs().max() < 0.3
 
 
 def test_the_mel_is_learned_from(tmp_path):
     """Codes that only the slice before them tells: the hybrid learns them, the GPT cannot."""
     rng = torch.Generator().manual_seed(0)
-    codes = [torch.randint(8, (1, 20), generator=rng).short() for _ in range(64)]
+    codes = [torch.randint(8, (1, 20), generator=rng) for _ in range(64)]
     mels = []
     for row in codes:  # slice t holds code t + 1
         mel = torch.zeros(64, 20)
-        mel[row[0, 1:].long(), torch.arange(19)] = 1.0
+        mel[row[0, 1:], torch.arange(19)] = 1.0
         mels.append(mel)
-    clips = Clips(codes, [str(i) for i in range(64)], mels)
-    training = GPTTraining(80, 16, 1e-2, 5)
-    hybrid = HybridGPT(replace(SMALL, codebook_size=8)).fit_mel(clips)
-    hybrid, _ = train_gpt(hybrid, clips, tmp_path / "hybrid", training)
-    plain = GPT(GPTConfig(8, body=BODY))
-    plain, _ = train_gpt(plain, Clips(codes, clips.ids), tmp_path / "plain", training)
-    assert likelihood(hybrid, clips).level()["nll"] < 0.5
-    assert likelihood(plain, Clips(codes, clips.ids)).level()["nll"] > 1.5
+    corpus = coded_corpus(codes, 8, mels)
+    options = {
+        "optim": Optim(1e-2, 5, 0.1, (0.9, 0.95), 0.1), "loop": TrainConfig(80), "batch_size": 16,
+    }  # fmt: skip
+    hybrid, _ = HybridRecipe(model=SMALL, **options).train(tmp_path / "hybrid", corpus)
+    plain, _ = GPTRecipe(model=GPTConfig(body=BODY), **options).train(tmp_path / "plain", corpus)
+    assert type(hybrid) is HybridGPT and type(plain) is GPT
+    assert hybrid.mel_scale.max() < 0.5  # fitted before it learned
+    assert likelihood(hybrid, corpus).level()["nll"] < 0.5
+    assert likelihood(plain, corpus).level()["nll"] > 1.5
 
 
-def test_clip_mels_are_aligned_with_codes(tokenizer, corpus):
-    clips, framing = Clips.encode(tokenizer, corpus), CausalMel()
+def test_mels_are_aligned_with_codes(tokenizer, corpus):
+    framing = CausalMel()
+    coded = with_column(corpus, codes_column(tokenizer), "")
     for options in ((), (tokenizer, 1)):
-        mels = clip_mels(corpus, clips, framing, *options)
-        assert [m.shape[1] for m in mels] == clips.lengths.tolist()
-    wanted = framing(tokenizer.decode(clips.codes[2][:1].long()[None]))[0]
-    torch.testing.assert_close(mels[2].float(), wanted, rtol=2e-3, atol=2e-3)
-    with pytest.raises(ValueError, match="other recordings"):
-        clip_mels(corpus[1:], clips, framing)
+        both = with_column(coded, mel_column(framing, *options), "")
+        for entry in both.entries:
+            mel, codes = (both.columns[name].cut(entry.id) for name in ("mel", "codes"))
+            assert mel.shape == (64, codes.shape[1])
+    wav = corpus[2].wav
+    wanted = framing(tokenizer.decode(tokenizer.encode(wav, 1)))[0]
+    found = both.columns["mel"].cut(corpus.entries[2].id)
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+    recorded = with_column(coded, mel_column(framing), "").columns["mel"]
+    torch.testing.assert_close(
+        recorded.cut(corpus.entries[2].id), framing(wav)[0], rtol=2e-3, atol=2e-3
+    )
+    lacking = with_column(corpus[1:], mel_column(framing), "").columns["mel"]
+    with pytest.raises(ValueError, match="no value for"):  # mels of other recordings
+        coded.with_values("mel", lacking)
 
 
-def test_training_clips_find_their_shards(tokenizer, corpus, tmp_path):
-    config = fit_config(DEPTH, tokenizer, "small-causal")
-    one = training_clips(corpus, tokenizer, config, tmp_path)
-    times = [path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")]
-    two = training_clips(corpus, tokenizer, replace(config, mel_levels=0), tmp_path)
-    assert times == [path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")]
-    assert not torch.equal(one.mels[0], two.mels[0])  # decoded, and recorded
-    plain = training_clips(corpus, tokenizer, GPTConfig(levels=8), tmp_path)
-    assert plain.mels is None and plain.codes[0].shape[0] == 8
+def test_columns_are_found_again(tokenizer, corpus, tmp_path, monkeypatch):
+    """Codes are computed once for all models; slices once for each way to hear."""
+    monkeypatch.setenv("SPEECHLAB_CACHE", str(tmp_path))
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("columns/*/*")}
+
+    assert fit_config(DEPTH, tokenizer) == replace(DEPTH, codes=tokenizer.spec)
+    recipe = HybridRecipe(model=DEPTH)
+    one = recipe.columns(corpus)
+    before = files()
+    assert len({path.parent for path in before}) == 2  # codes and mel
+    again = recipe.columns(corpus)
+    assert files() == before
+    two = replace(recipe, model=replace(DEPTH, mel_levels=0)).columns(corpus)
+    assert before.items() < files().items() and len(files()) == len(before) * 3 // 2
+    name = corpus.entries[0].id
+    decoded, same, recorded = (part.columns["mel"].cut(name) for part in (one, again, two))
+    assert torch.equal(decoded, same) and not torch.equal(decoded, recorded)
+    plain = GPTRecipe(model=GPTConfig(levels=8)).columns(corpus)
+    assert list(plain.columns) == ["codes"] and plain.columns["codes"].cut(name).shape[0] == 8
+    assert len(files()) == len(before) * 3 // 2
+    few = GPTRecipe(model=GPTConfig(levels=2)).columns(corpus).columns["codes"]
+    assert few.cut(name).shape[0] == few.spec.n_q == 2
+    assert few.spec == tokenizer.spec.levels(2)
 
 
 @pytest.mark.parametrize("config", [SMALL, DEPTH, GPTConfig(levels=2, body=BODY)])
-def test_load_gpt_knows_the_kind(config, tmp_path):
+def test_load_knows_the_kind(config, tmp_path):
     kind = HybridGPT if isinstance(config, HybridConfig) else GPT
-    kind(config).save_pretrained(tmp_path)
-    found = load_gpt(tmp_path)
-    assert type(found) is kind and found.config == config
+    model = kind(config)
+    model.save(tmp_path)
+    for found in (load(tmp_path), GPT.load(tmp_path)):
+        assert type(found) is kind and found.config == config and not found.training
+        for name, value in model.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value)
+    if kind is GPT:
+        with pytest.raises(ModelError, match="type 'gpt', wanted 'hybrid-gpt'"):
+            HybridGPT.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt-small", "hybrid-small"])
 def test_shipped_models_speak(name, tokenizer, corpus):
     """Better than chance on every level, and sound of ordinary loudness."""
-    model = load_gpt(name)
-    clips = Clips.encode(tokenizer, corpus)
+    model = load(name)
+    assert model.config.codes == tokenizer.spec
+    coded = with_column(corpus, codes_column(tokenizer))
     if isinstance(model, HybridGPT):
-        framing = CausalMel(**model.config.framing)
-        clips = replace(clips, mels=clip_mels(corpus, clips, framing, tokenizer, 8))
-    found = likelihood(model, clips)
+        coded = with_column(coded, mel_column(CausalMel(**model.config.framing), tokenizer, 8))
+    found = likelihood(model, coded)
     assert all(found.level(q)["nll"] < 0.95 * np.log(256) for q in range(8))
     made = continue_wav(model, tokenizer, corpus[1].wav[..., :16000], 1.0, min_frames=50)
     new = made.wav[..., 16000:]
@@ -274,8 +352,6 @@ def test_shipped_models_speak(name, tokenizer, corpus):
 
 def test_the_published_sizes():
     """3.7 M and 40 M in the paper; the hybrid 4 M."""
-    from speechlab.lm.gpt import GPT_CONFIGS
-
     with torch.device("meta"):
         counts = {
             name: sum(w.numel() for w in kind(config).parameters()) / 1e6
@@ -318,8 +394,6 @@ def test_the_stored_study_is_whole(data):
     """Every setting, the compared ones with every seed; equal parameters where it matters."""
     report = json.loads((ROOT / f"data/results/hybrid_{data}.json").read_text())
     seeds = {run["seed"] for run in report["runs"]}
-    from hybrid import SETTINGS
-
     for name in SETTINGS:
         found = {run["seed"] for run in report["runs"] if run["name"] == name}
         assert found == seeds or (found and name not in ("tokens", "tokens, 10x", "hybrid"))
@@ -330,16 +404,21 @@ def test_the_stored_study_is_whole(data):
     assert abs(rows["tokens, same FLOPs"]["mflops"] / rows["hybrid"]["mflops"] - 1) < 0.03
 
 
-def test_the_study_runs(tmp_path):
-    """The script itself, at its smallest."""
-    import subprocess
-    import sys
-
-    command = [sys.executable, ROOT / "benchmarks/hybrid.py", tmp_path / "out.json", "--quick"]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert len({run["name"] for run in report["runs"]}) == 12
+def test_the_study_runs(tmp_path, monkeypatch):
+    """The study itself, at its smallest; what was measured is not measured again."""
+    path = reproduce("hybrid_speech", "smoke", tmp_path, tmp_path / "out.json")
+    report = json.loads(path.read_text())
+    assert [run["name"] for run in report["runs"]] == list(SETTINGS) and len(SETTINGS) == 12
     assert report["runs"][2]["fed"].keys() == {"level 1", "levels 1-4", "levels 1-8"}
+    assert report["data"] == "speech" and {row["name"] for row in study_rows(report)} == {*SETTINGS}
+    assert all(0 < run["nll"] < 7 and run["by_voice"] for run in report["runs"])
+
+    def never(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(whisper_gpt, "measure_setting", never)
+    again = json.loads(reproduce("hybrid_speech", "smoke", tmp_path).read_text())
+    assert again["runs"] == report["runs"]
 
 
 CODES = torch.zeros(1, 1, 5).long()
@@ -347,7 +426,17 @@ CODES = torch.zeros(1, 1, 5).long()
 
 def ordinary() -> SpeechTokenizer:
     """A tokeniser that looks ahead."""
-    return SpeechTokenizer.from_pretrained("speechtokenizer-small")
+    return SpeechTokenizer.load("speechtokenizer-small")
+
+
+def of_codes(*numbers, **options) -> HybridGPT:
+    """A model of another tokeniser's codes."""
+    return make(replace(DEPTH, codes=CodeSpec(*numbers, **options)))
+
+
+def batch_of(mels: list[torch.Tensor] | None):
+    """A batch of five tokens, with these slices."""
+    return make_batch(coded_corpus([CODES[0]], 256, mels), [(0, 0, 5 * HOP)], sound=False)
 
 
 BAD = [
@@ -357,27 +446,22 @@ BAD = [
     (lambda t: HybridConfig(pattern="delay", levels=2), "parallel or depth"),
     (lambda t: HybridConfig(body=replace(BODY, context=4096)), "mel's context"),
     (lambda t: CausalMel(hop_length=2000), "hop_length 2000 exceeds n_fft 1024"),
-    (lambda t: CausalMel(lookahead=5).stream(torch.zeros(1, 1, 320)), "lookahead is 5"),
+    (lambda t: CausalMel(lookahead=5).step(torch.zeros(1, 1, 320)), "lookahead is 5"),
     (lambda t: continue_wav(make(DEPTH), t, torch.zeros(1, 1, 0)), "wav"),
     (lambda t: continue_wav(make(DEPTH), t, torch.zeros(2, 1, 320)), "2 signals"),
     (lambda t: continue_wav(make(DEPTH), t, torch.zeros(1, 1, 320 * 120)), "a prompt of 120"),
     (lambda t: continue_wav(make(DEPTH), t, torch.zeros(1, 1, 3200), 0.0), "max_frames is 0"),
-    (
-        lambda t: continue_wav(make(replace(DEPTH, codebook_size=64)), t, torch.zeros(1, 1, 3200)),
-        "64 codes, the tokeniser 256",
-    ),
+    (lambda t: continue_wav(of_codes(64, 8), t, torch.zeros(1, 1, 3200)),
+     r"\(small-causal\): their codebook_size is 256, wanted 64"),
     (lambda t: DecodedMel(make(), ordinary(), []), "not causal"),
-    (lambda t: DecodedMel(make(replace(SMALL, hop_length=160)), t, []), "hop_length is 160"),
-    (lambda t: DecodedMel(make(replace(SMALL, sample_rate=8000)), t, []), "sample_rate is 8000"),
+    (lambda t: DecodedMel(of_codes(256, 8, 16000, 160), t, []), "hop_length is 320, wanted 160"),
+    (lambda t: DecodedMel(of_codes(256, 8, 8000), t, []), "sample_rate is 16000, wanted 8000"),
+    (lambda t: DecodedMel(of_codes(256, 8, fingerprint=5), t, []), "fingerprint is .*00000005"),
     (lambda t: generate(make(), None, 5), "tokenizer is missing"),
-    (lambda t: HybridGPT(SMALL).fit_mel(Clips([CODES[0]], ["a"])), "clips have no mels"),
-    (
-        lambda t: clip_mels(
-            embedded_corpus("smoke")[:1], Clips.encode(t, embedded_corpus("smoke")[:1]),
-            CausalMel(), ordinary(),
-        ),
-        "would leak",
-    ),
+    (lambda t: HybridGPT(SMALL).fit_mel(coded_corpus([CODES[0]])), "corpus has no column 'mel'"),
+    (lambda t: mel_column(CausalMel(), ordinary()), "would leak"),
+    (lambda t: token_nll(make(), batch_of([torch.zeros(64, 4)])), r"mel is \(1, 64, 4\).*64, 5\)"),
+    (lambda t: token_nll(make(), batch_of(None)), "mel is a NoneType"),
 ]  # fmt: skip
 
 
@@ -387,23 +471,36 @@ def test_bad_input(call, words, tokenizer):
         call(tokenizer)
 
 
-def test_the_command_line(tmp_path, corpus, monkeypatch):
-    from typer.testing import CliRunner
+def test_codes_of_another_tokenizer_are_refused(tokenizer, corpus):
+    """At the door, not as noise: the codebooks' checksum differs."""
+    model, wav = make(DEPTH), corpus[0].wav[..., :3200]
+    model.config = replace(DEPTH, codes=replace(tokenizer.spec, fingerprint=1))
+    with pytest.raises(CodeSpecError, match="another tokeniser"):
+        continue_wav(model, tokenizer, wav, 0.2)
+    model.config = replace(DEPTH, codes=tokenizer.spec)
+    assert continue_wav(model, tokenizer, wav, 0.2, min_frames=10).codes.shape == (1, 8, 20)
 
-    from speechlab.cli import app
-    from speechlab.foundations.audio import load_wav, save_wav
+
+@pytest.mark.parametrize(("name", "kind"), [("gpt", GPT), ("hybrid", HybridGPT)])
+def test_the_command_line(name, kind, tmp_path, corpus, monkeypatch, capsys):
+    from speechlab.cli.main import main, run
+    from speechlab.foundations.audio_files import load_wav, save_wav
 
     monkeypatch.setenv("SPEECHLAB_DEVICE", "cpu")
     save_wav(tmp_path / "in.wav", corpus[0].wav[..., :24000], 16000)
-    for kind in ("gpt-small", "hybrid-small"):
-        train = ["train", "gpt", f"{tmp_path}/{kind}", "--config", kind, "--size", "smoke"]
-        done = CliRunner().invoke(app, [*train, "--steps", "2", "--batch-size", "4"])
-        assert done.exit_code == 0, done.output
-        assert "| 8 |" in done.output and (tmp_path / kind / "report.json").exists()
-        command = ["continue", f"{tmp_path}/in.wav", f"{tmp_path}/out.wav", "--seconds", "0.5"]
-        done = CliRunner().invoke(app, [*command, "--model", f"{tmp_path}/{kind}", "--keep", "1"])
-        assert done.exit_code == 0, done.output
-        assert "50 frames of prompt" in done.output
-        assert load_wav(tmp_path / "out.wav", 16000)[0].shape[-1] >= 50 * HOP
-    done = CliRunner().invoke(app, [*command, "--seconds", "60", "--model", f"{tmp_path}/{kind}"])
-    assert isinstance(done.exception, ValueError) and "holds 512 frames" in str(done.exception)
+    made = tmp_path / "made"
+    train = ["train", name, "smoke", "--out", str(made), "--loop.steps", "2", "--batch-size", "4"]
+    run(train)
+    assert "| 8 |" in capsys.readouterr().out and (made / "report.json").exists()
+    assert type(load(made)) is kind and load(made).config.codes.name == "small-causal"
+    command = ["continue", f"{tmp_path}/in.wav", f"{tmp_path}/out.wav", "--model", str(made)]
+    command.append("--force")
+    run([*command, "--seconds", "0.5", "--keep", "1"])
+    assert "50 frames of prompt" in capsys.readouterr().out
+    assert load_wav(tmp_path / "out.wav", 16000)[0].shape[-1] >= 50 * HOP
+    with pytest.raises(ValueError, match="holds 512 frames"):
+        run([*command, "--keep", "1", "--seconds", "60"])
+    with pytest.raises(SystemExit, match="1"):  # to people: one line
+        main([*command, "--keep", "1", "--seconds", "60"])
+    error = capsys.readouterr().err
+    assert "holds 512 frames" in error and "Traceback" not in error

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from dataclasses import replace
 from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,32 +15,42 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from speechlab.foundations.judges import (
+from speechlab.foundations.batches import BucketBatches
+from speechlab.foundations.columns import Values, at_rate, with_column
+from speechlab.foundations.ctc import (
     CHARACTERS,
+    ctc_fits,
+    ctc_loss,
+    ctc_symbols,
+    joined,
+    least_frames,
+    normalise_text,
+    spoken,
+    symbols_column,
+)
+from speechlab.foundations.judge_training import RecognizerRecipe, SpeakerRecipe, VoiceLoss
+from speechlab.foundations.judges import (
     Recognizer,
     RecognizerConfig,
     SpeakerEncoder,
     SpeakerEncoderConfig,
-    WavLMSpeaker,
-    WhisperRecognizer,
     change_voice,
     collapse,
-    ctc_fits,
-    ctc_loss,
-    ctc_symbols,
-    ctc_targets,
     equal_error_rate,
-    joined,
-    load_recognizer,
-    load_speaker_encoder,
-    normalise_text,
     speaker_pairs,
-    spoken,
-    train_recognizer,
-    train_speaker_encoder,
     voice_loss,
 )
+from speechlab.foundations.models import ModelError
+from speechlab.foundations.outside_judges import (
+    WavLMSpeaker,
+    WhisperRecognizer,
+    load_recognizer,
+    load_speaker_encoder,
+)
+from speechlab.foundations.recipes import Optim
+from speechlab.foundations.training import TrainConfig
 
 
 @given(st.text(max_size=40))
@@ -76,7 +89,10 @@ def test_ctc_loss_is_that_of_all_paths():
             if [s for s in merged if s] == target:
                 probability += math.exp(sum(float(scores[row, t, s]) for t, s in enumerate(path)))
         total -= math.log(probability) / len(target) / 2
-    assert float(ctc_loss(scores, frames, targets)) == pytest.approx(total, rel=1e-4)
+    sizes = torch.tensor([2, 1])
+    for padding in (0, 1, 99):  # padded with anything
+        padded = torch.tensor([[1, 2], [2, padding]])
+        assert float(ctc_loss(scores, frames, padded, sizes)) == pytest.approx(total, rel=1e-4)
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(0, 4))
@@ -103,18 +119,36 @@ def test_transcription_is_a_string(monkeypatch):
 
 @pytest.mark.parametrize("units", ["phones", "characters"])
 def test_recogniser_trains_and_is_stored(tmp_path, corpus, units):
-    model, history = train_recognizer(
-        corpus, tmp_path / "run", 4, batch_size=4, units=units, width=8, speeds=(0.9, 1.0, 1.1)
+    recipe = RecognizerRecipe(
+        loop=TrainConfig(4), batch_size=4, units=units, width=8, speeds=(0.9, 1.0, 1.1)
     )
+    model, history = recipe.train(tmp_path / "run", corpus)
     assert model.config.symbols == ctc_symbols(corpus, units)
+    assert model.config.units == units
     assert np.isfinite(history[-1]["loss"])
-    model.save_pretrained(tmp_path / "model")
+    model.save(tmp_path / "model")
     again = load_recognizer(tmp_path / "model")
     torch.testing.assert_close(again(corpus[0].wav), model(corpus[0].wav))
-    known, part = ctc_targets(corpus, units)
-    entry = part.entries[0]
-    assert [model.config.symbols[n - 1] for n in known[entry.id]] == spoken(entry, units)
-    assert model.reference(entry) == joined(spoken(entry, units), units)
+    coded = recipe.columns(corpus)
+    for entry in coded.entries[:3]:
+        numbers = coded.columns["symbols"].cut(entry.id).tolist()
+        assert [model.config.symbols[n - 1] for n in numbers] == spoken(entry, units)
+        assert model.reference(entry) == joined(spoken(entry, units), units)
+
+
+def test_symbols_travel_in_batches(corpus):
+    """Padded to the longest text; symbols that are not listed are left out."""
+    symbols = ctc_symbols(corpus)
+    coded = with_column(corpus, symbols_column(symbols), "")
+    batch = BucketBatches(coded, 4, sound=False)[1]
+    by_id = {entry.id: entry for entry in corpus.entries}
+    for row, name in enumerate(batch.ids):
+        numbers = batch["symbols"][row, : int(batch.sizes["symbols"][row])].tolist()
+        assert [symbols[n - 1] for n in numbers] == spoken(by_id[name])
+    few = with_column(corpus, symbols_column(symbols[:5]), "").columns["symbols"]
+    for entry in corpus.entries[:4]:
+        wanted = [symbols.index(s) + 1 for s in spoken(entry) if s in symbols[:5]]
+        assert few.cut(entry.id).tolist() == wanted
 
 
 def test_padding_hardly_matters(corpus):
@@ -198,19 +232,44 @@ def test_equal_error_rate_by_trying_every_threshold(same, different):
         equal_error_rate(np.array(same), np.array([]))
 
 
+def test_voices_are_numbered_by_speaker_and_speed(monkeypatch):
+    """Each speed makes new voices of the old ones; the labels say which."""
+    torch.manual_seed(0)
+    names, speeds = ("anna", "ben", "cem"), (1.0, 0.8)
+    loss = VoiceLoss(SpeakerEncoder(SpeakerEncoderConfig(width=8, dim=4)), names, speeds)
+    assert loss.voices.shape == (6, 4)
+    seen = set()
+
+    def noted(embedding, voices, labels):
+        assert embedding.shape == (3, 4)
+        assert voices is loss.voices
+        seen.add(tuple(labels.tolist()))
+        return voice_loss(embedding, voices, labels)
+
+    monkeypatch.setattr("speechlab.foundations.judge_training.voice_loss", noted)
+    wav = 0.1 * torch.randn(3, 1, 8000)
+    for _ in range(12):
+        found, right = loss(wav, torch.tensor([8000, 7000, 6000]), ["cem", "anna", "ben"])
+        assert torch.isfinite(found)
+        assert 0 <= float(right) <= 1
+    assert seen == {(2, 0, 1), (5, 3, 4)}
+
+
 def test_speaker_encoder_trains(tmp_path, corpus):
-    model, history = train_speaker_encoder(
-        corpus, tmp_path / "run", 3, 1.0, 4, config=SpeakerEncoderConfig(width=8, dim=8)
-    )
+    recipe = SpeakerRecipe(
+        optim=Optim(2e-3, 0, weight_decay=0.05), loop=TrainConfig(3), batch_size=4,
+        model=SpeakerEncoderConfig(width=8, dim=8), seconds=1.0,
+    )  # fmt: skip
+    model, history = recipe.train(tmp_path / "run", corpus)
     assert {"loss", "right"} <= history[-1].keys()
-    model.save_pretrained(tmp_path / "model")
+    model.save(tmp_path / "model")
     again = load_speaker_encoder(tmp_path / "model")
     torch.testing.assert_close(again.embed(corpus[0].wav), model.embed(corpus[0].wav))
     same, different = speaker_pairs(model, corpus[:10])
     assert len(same) + len(different) == 45
     one = corpus.filter(lambda e: e.speaker == corpus.entries[0].speaker)
     with pytest.raises(ValueError, match="one speaker"):
-        train_speaker_encoder(one, tmp_path / "other", 1)
+        replace(recipe, loop=TrainConfig(1)).train(tmp_path / "other", one)
 
 
 # From transformers, small and random
@@ -279,21 +338,65 @@ def test_wavlm_compares(tmp_path, corpus):
     for row, wav in zip(together, waves):
         torch.testing.assert_close(row, judge.embed(wav)[0])
     torch.testing.assert_close(together.norm(dim=1), torch.ones(2))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["feature_extractor.weight"]  # transformers would fill it with noise
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks tensors: feature_extractor\.weight"):
+        load_speaker_encoder(tmp_path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(ModelError):
+        load_speaker_encoder(tmp_path)
+
+
+def test_the_recogniser_counts_frames_at_the_rate_of_its_corpus(tmp_path, corpus):
+    """At 8 kHz a frame is 160 samples: scores and counted frames must agree."""
+    part = at_rate(corpus, 8000)
+    recipe = RecognizerRecipe(loop=TrainConfig(1), batch_size=2, width=8)
+    trainer = recipe.trainer(recipe.columns(part), tmp_path)
+    with patch("speechlab.foundations.judge_training.ctc_loss") as loss:
+        recipe._loss(8000, trainer.raw(), trainer.batches[0])
+    scores, frames = loss.call_args.args[:2]
+    assert int(frames.max()) == scores.shape[1]
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=10))
+def test_least_frames(numbers):
+    """A frame for each symbol, and a blank between equal neighbours; one fewer is impossible."""
+    least = least_frames(numbers)
+    assert least == len(numbers) + sum(a == b for a, b in pairwise(numbers))
+    scores = torch.zeros(1, least, 4).log_softmax(-1)
+    targets, sizes = torch.tensor([numbers]), torch.tensor([len(numbers)])
+    assert torch.isfinite(ctc_loss(scores, torch.tensor([least]), targets, sizes))
+    if least > 1:
+        assert torch.isinf(ctc_loss(scores, torch.tensor([least - 1]), targets, sizes))
+
+
+def at_hop(hop: float):
+    """Frames of an utterance at a hop."""
+    return lambda entry: int(entry.samples / hop)
 
 
 def test_texts_that_do_not_fit_are_left_out(corpus):
-    known, part = ctc_targets(corpus, "characters")
-    frames = {e.id: 500 for e in part.entries}
-    assert len(ctc_fits(known, frames, part)) == len(part)
-    first = part.entries[0].id
-    repeats = sum(a == b for a, b in pairwise(known[first]))
-    frames[first] = len(known[first]) + repeats
-    assert len(ctc_fits(known, frames, part)) == len(part)
-    frames[first] -= 1
+    part = corpus.split("train")
+    coded = with_column(part, symbols_column(CHARACTERS, "characters"), "")
+    known = {e.id: coded.columns["symbols"].cut(e.id).numpy() for e in part.entries}
+    hop = {e.id: e.samples / least_frames(known[e.id].tolist()) for e in part.entries}
+    first = min(hop, key=hop.get)  # the text that is said fastest
+    assert least_frames(known[first].tolist()) > len(known[first])  # with a blank between equals
+    most = hop[first] * (1 - 1e-9)  # the last hop at which all fit
+    assert len(ctc_fits(coded, at_hop(most))) == len(part)
     with pytest.warns(UserWarning, match="1 of"):
-        assert len(ctc_fits(known, frames, part)) == len(part) - 1
+        some = ctc_fits(coded, at_hop(hop[first] * 1.0001))
+    assert len(some) == len(part) - 1
+    assert first not in {e.id for e in some.entries}
     with pytest.raises(ValueError, match="cannot spell"):
-        ctc_fits(known, dict.fromkeys(frames, 1), part)
+        ctc_fits(coded, at_hop(10**9))
+    silent = known | {first: known[first][:0]}  # one says nothing: no text, and no warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rest = ctc_fits(part.with_values("symbols", Values(silent)), at_hop(most))
+    assert {e.id for e in rest.entries} == set(known) - {first}
 
 
 def test_changed_voices_stay_in_range():

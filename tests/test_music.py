@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechlab.lm.music import (
+from speechlab.foundations.music import (
     HELD_OUT,
     MAJOR,
     MINOR,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
 
 import pytest
 import torch
+from same_codes import assert_codes_agree
 
 from benchmarks.codec import CONFIG as FULL
 from benchmarks.codec import make_pair
-from speechlab.foundations.training import CheckpointError
+from speechlab.foundations.store import CheckpointError
 from speechlab.tokenizer.discriminators import (
     PeriodDiscriminator,
     ScaleDiscriminator,
     STFTDiscriminator,
 )
-from speechlab.tokenizer.speech_tokenizer import CONFIGS, SpeechTokenizer, load_official
+from speechlab.tokenizer.official import load_official
+from speechlab.tokenizer.speech_tokenizer import CONFIGS, SpeechTokenizer
 
 official = pytest.importorskip("speechtokenizer", reason="the bench extra is not installed")
 
@@ -35,10 +39,10 @@ def compare(peer, ours, length):
     with torch.no_grad():
         z, wanted = ours.encoder(wav), peer.encoder(wav)
         torch.testing.assert_close(z, wanted, atol=1e-5, rtol=1e-4)
-        codes, theirs = ours.encode(wav), peer.encode(wav)
-        assert torch.equal(codes, theirs.transpose(0, 1))
+        codes, theirs = ours.encode(wav), peer.encode(wav).transpose(0, 1)
+        assert_codes_agree(ours.quantizer, z, codes, theirs)
         assert codes.unique().numel() > 10  # no trivial agreement
-        sound, expected = ours.decode(codes), peer.decode(theirs)
+        sound, expected = ours.decode(codes), peer.decode(codes.transpose(0, 1))
         assert (sound - expected).abs().max() <= 1e-4
         rebuilt, _, feature = peer(wav)
         out = ours(wav)
@@ -157,6 +161,22 @@ class Evil:
         return (print, ("a pickle ran code",))
 
 
+def pickled(data: bytes) -> dict:
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def test_an_official_model_goes_through_our_files(tmp_path):
+    """Its config is hashable and comes back equal; a loaded model is saved and loaded again."""
+    _, ours = make_pair(tmp_path, NARROW)
+    hash(ours.config)
+    ours.save(tmp_path / "a")
+    again = SpeechTokenizer.load(tmp_path / "a")
+    again.save(tmp_path / "b")  # its weights are folded
+    assert SpeechTokenizer.load(tmp_path / "b").config == ours.config
+    wav = 0.1 * torch.randn(1, 1, 3000)
+    assert torch.equal(again.encode(wav), SpeechTokenizer.load(tmp_path / "b").encode(wav))
+
+
 def test_foreign_checkpoints_are_refused(tmp_path, capsys):
     _, _ = make_pair(tmp_path, NARROW)
     config, checkpoint = tmp_path / "config.json", tmp_path / "SpeechTokenizer.pt"
@@ -171,6 +191,11 @@ def test_foreign_checkpoints_are_refused(tmp_path, capsys):
     assert "ran code" not in capsys.readouterr().out
     torch.save({"encoder.model.0.conv.conv.bias": torch.zeros(3)}, checkpoint)
     with pytest.raises(CheckpointError, match="does not fit"):
+        load_official(config, checkpoint)
+    state = pickled(whole)
+    state[next(name for name in state if name.endswith("bias"))].fill_(math.nan)
+    torch.save(state, checkpoint)
+    with pytest.raises(CheckpointError, match="NaN"):
         load_official(config, checkpoint)
     torch.save([torch.zeros(3)], checkpoint)
     with pytest.raises(CheckpointError, match="dictionary"):

@@ -112,7 +112,7 @@ def test_plot_says_what_is_seen():
         (lambda: make_pattern("zigzag", 2, 3), "pattern is 'zigzag'"),
         (lambda: make_pattern("delay", 0, 3), "levels 0"),
         (lambda: build(torch.zeros(1, 2, 3), "delay", 9), "integer tensor"),
-        (lambda: build(torch.zeros(1, 2, 0).long(), "delay", 9), "at least one frame"),
+        (lambda: build(torch.zeros(1, 2, 0).long(), "delay", 9), "no dimension may be empty"),
         (lambda: build(torch.zeros(1, 2, 3).long(), "coarse first", 9), "several frames"),
         (lambda: revert(torch.zeros(1, 2, 3).long(), "delay", 3), "3 steps; 3 frames need 4"),
         (lambda: Pattern("half", 1, 2, (((0, 0),),)), "must occur once"),

@@ -165,7 +165,7 @@ def test_temperature():
         (lambda: Sampling(top_k=-1), "top_k is -1"),
         (lambda: Sampling(top_p=1.2), "top_p is 1.2"),
         (lambda: Sampling(min_p=-1), "min_p is -1"),
-        (lambda: Sampling(penalty=0), "penalty 0"),
+        (lambda: Sampling(penalty=0), "penalty is 0"),
         (lambda: Sampling(repeat_ratio=2), "repeat_ratio is 2"),
         (lambda: keep_top_k(torch.zeros(1, 3), 0), "top_k is 0"),
         (lambda: Sampler()(torch.tensor([[math.nan, 1.0]])), "logits hold NaN"),

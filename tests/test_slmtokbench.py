@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from same_codes import assert_same_codes
 
-from speechlab.foundations.judges import Recognizer, SpeakerEncoder, ctc_symbols
+from speechlab.foundations.audio import resample
+from speechlab.foundations.columns import Values, codes_column, with_column
+from speechlab.foundations.contracts import CodeSpec
+from speechlab.foundations.ctc import ctc_symbols, spoken, symbols_column
+from speechlab.foundations.judges import Recognizer, SpeakerEncoder
 from speechlab.tokenizer import benchmark as bench
+from speechlab.tokenizer.codecs import TransformersCodec, UnitsCodec, load_codec
 from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
-from speechlab.tokenizer.teachers import Teacher, Units
+from speechlab.tokenizer.teachers import MFCC, Teacher, Units
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(corpus, tmp_path_factory):
+    """Columns of this module are computed here, not found in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEECHLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
 def ours():
-    return bench.TokenizerCodec(
-        SpeechTokenizer.from_pretrained("speechtokenizer-small").fold(), "ours"
-    )
+    return SpeechTokenizer.load("speechtokenizer-small")
+
+
+@pytest.fixture(scope="module")
+def coded(ours, corpus):
+    return bench.with_codes(ours, corpus)
 
 
 @pytest.fixture(scope="module")
 def units(corpus):
-    return bench.UnitsCodec(Units.fit(Teacher.untrained(width=16, layers=1), corpus[:6], 16))
+    return UnitsCodec(Units.fit(Teacher.untrained(width=16, layers=1), corpus[:6], 16))
+
+
+def test_codes_and_symbols_are_those_of_each_recording(ours, coded, corpus):
+    assert coded.columns["codes"].spec == ours.spec
+    symbols = ctc_symbols(corpus, "characters")
+    for utterance in corpus.split("test")[:3]:
+        codes = coded.columns["codes"].cut(utterance.id)
+        assert_same_codes(ours, utterance.wav, codes[None])
+        numbers = coded.columns["symbols"].cut(utterance.id).tolist()
+        assert [symbols[n - 1] for n in numbers] == spoken(utterance.entry, "characters")
+    phones = bench.with_codes(ours, corpus[:2], "phones").columns["symbols"]
+    wanted, entry = ctc_symbols(corpus[:2]), corpus.entries[1]
+    assert [wanted[n - 1] for n in phones.cut(entry.id).tolist()] == spoken(entry)
 
 
 def test_pair_likelihoods_sum_all_paths():
@@ -77,16 +109,16 @@ def test_reader_ignores_what_lies_behind_a_row():
 
 
 @pytest.mark.parametrize("embedding", ["codebook", "centroids", "random"])
-def test_embeddings_start_where_they_say(ours, corpus, embedding):
-    tokens = bench.encode_corpus(ours, corpus)
+def test_embeddings_start_where_they_say(ours, coded, embedding):
     config = bench.ReaderConfig(
         steps=1, width=4, batch_size=4, embedding=embedding, learning_rate=0
     )
-    reader = bench.train_reader(ours, tokens, corpus, (0, 2), config)
+    reader = bench.train_reader(ours, coded, (0, 2), config)
+    assert len(reader.tables) == 2
     table = reader.tables[0].weight.detach()
     assert float(table.square().mean()) == pytest.approx(1, rel=0.01)
     assert table.mean(dim=0).abs().max() < 1e-3
-    own = ours.vectors()[0] - ours.vectors()[0].mean(dim=0)
+    own = ours.codebooks()[0] - ours.codebooks()[0].mean(dim=0)
     if embedding == "codebook":
         torch.testing.assert_close(table, own / own.square().mean().sqrt(), rtol=1e-3, atol=1e-3)
     sizes = {"codebook": 64, "centroids": 80, "random": 64}
@@ -95,12 +127,12 @@ def test_embeddings_start_where_they_say(ours, corpus, embedding):
         bench.ReaderConfig(embedding="x")
 
 
-def test_centroids_are_mean_mels(ours, corpus):
+def test_centroids_are_mean_mels(ours, coded, corpus):
     from speechlab.foundations.audio import log_mel
 
-    tokens = bench.encode_corpus(ours, corpus)
-    (table,) = bench._tables(ours, (0, 1), "centroids", tokens, corpus)
-    code = int(torch.bincount(torch.cat([t[0].long() for t in tokens.values()])).argmax())
+    tokens = {e.id: coded.columns["codes"].cut(e.id) for e in corpus.entries}
+    (table,) = bench.reader_tables(ours, (0, 1), "centroids", coded)
+    code = int(torch.bincount(torch.cat([t[0] for t in tokens.values()])).argmax())
     rows = []
     for u in corpus.split("train"):
         mel = log_mel(u.wav, 16000, hop_length=320, floor=1e-2)[0].T
@@ -112,37 +144,36 @@ def test_a_reader_learns_what_tokens_say(corpus):
     """Tokens that spell the text are read; tokens of other utterances are not."""
 
     class Speller:
-        name, sample_rate, hop_length, n_q, codebook_size = "speller", 16000, 320, 1, 30
+        spec = CodeSpec(30, 1)
 
-        def vectors(self):
+        def codebooks(self):
             return [torch.eye(30)]
 
     symbols = ctc_symbols(corpus, "characters")
     number = {s: i + 1 for i, s in enumerate(symbols)}
-    from speechlab.foundations.judges import spoken
-
     tokens = {}
     for entry in corpus.entries:
         path = [n for s in spoken(entry, "characters") for n in (number[s], 0)]
-        tokens[entry.id] = torch.tensor([path], dtype=torch.int16)
+        tokens[entry.id] = torch.tensor([path], dtype=torch.int16).numpy()
+    corpus = with_column(corpus, symbols_column(symbols, "characters"), "")
+    corpus = corpus.with_values("codes", Values(tokens))
     config = bench.ReaderConfig(steps=150, width=24, batch_size=8, learning_rate=1e-2)
-    reader = bench.train_reader(Speller(), tokens, corpus, (0, 1), config)
+    reader = bench.train_reader(Speller(), corpus, (0, 1), config)
     test = corpus.split("test")
-    good = bench.text_alignment(reader, tokens, test, (0, 1), symbols)
+    good = bench.text_alignment(reader, test, (0, 1), symbols)
     names = [e.id for e in test.entries]
     wrong = tokens | dict(zip(names, [tokens[n] for n in names[1:] + names[:1]]))
-    bad = bench.text_alignment(reader, wrong, test, (0, 1), symbols)
+    bad = bench.text_alignment(reader, test.with_values("codes", Values(wrong)), (0, 1), symbols)
     assert good.cer.value < 0.5 < bad.cer.value
     assert good.information > 20
     assert bad.information < good.information / 4
 
 
-def test_preservation_of_everything_and_of_one_level(ours, corpus):
-    part = corpus.split("test")[:4]
-    tokens = bench.encode_corpus(ours, part)
+def test_preservation_of_everything_and_of_one_level(ours, coded, corpus):
+    part, tokens = corpus.split("test")[:4], coded.split("test")[:4]
     reader, voice = (
-        Recognizer.from_pretrained("phone-recognizer"),
-        SpeakerEncoder.from_pretrained("speaker-encoder"),
+        Recognizer.load("phone-recognizer"),
+        SpeakerEncoder.load("speaker-encoder"),
     )
     one, all_levels = (
         bench.preservation(ours, tokens, part, levels, reader, voice) for levels in ((0, 1), (0, 8))
@@ -153,12 +184,44 @@ def test_preservation_of_everything_and_of_one_level(ours, corpus):
     assert second["PER"] > one["PER"]  # level 2 alone: what level 1 left over
 
 
+def test_preservation_hides_no_faults(ours, coded, corpus):
+    """A judge that fails is no codec that cannot decode."""
+
+    class Broken:
+        sample_rate = 16000
+
+        def transcribe(self, *_):
+            raise TypeError("a fault of the judge")
+
+    part, tokens = corpus.split("test")[:2], coded.split("test")[:2]
+    with pytest.raises(TypeError, match="a fault of the judge"):
+        bench.preservation(ours, tokens, part, (0, 1), Broken(), None)
+
+
+def test_a_reader_spells_what_the_corpus_holds(ours, coded):
+    with pytest.raises(ValueError, match="holds characters, the reader is to spell phones"):
+        bench.train_reader(ours, coded, config=bench.ReaderConfig(steps=2, width=4, units="phones"))
+
+
+def test_units_of_other_features_have_other_codes(corpus):
+    """The centres alone do not tell what a unit means."""
+    one = Units.fit(MFCC(), corpus[:4], 8)
+    for other in (
+        Units(MFCC(normalise=False), one.mean, one.scale, one.centres),
+        Units(MFCC(), one.mean + 1, one.scale, one.centres),
+    ):
+        keys = [codes_column(UnitsCodec(units)).key for units in (one, other)]
+        assert keys[0] != keys[1]
+    assert codes_column(UnitsCodec(copy.deepcopy(one))).key == codes_column(UnitsCodec(one)).key
+
+
 def test_units_cannot_be_decoded(units, corpus):
     part = corpus.split("test")[:2]
-    tokens = bench.encode_corpus(units, part)
-    reader = Recognizer.from_pretrained("phone-recognizer")
+    tokens = bench.with_codes(units, part)
+    assert tokens.columns["codes"].cut(part.entries[0].id).shape[0] == 1
+    reader = Recognizer.load("phone-recognizer")
     assert bench.preservation(units, tokens, part, (0, 1), reader, None) == {}
-    assert units.vectors()[0].shape[0] == units.codebook_size == 16
+    assert units.codebooks()[0].shape[0] == units.spec.codebook_size == 16
 
 
 def small_model(kind):
@@ -186,14 +249,15 @@ def small_model(kind):
 @pytest.mark.parametrize("kind", ["encodec", "dac", "mimi"])
 def test_codecs_of_transformers(kind, tmp_path, corpus):
     model = small_model(kind)
-    codec = bench.TransformersCodec(model)
+    codec = TransformersCodec(model)
+    spec = codec.spec
     wav = 0.1 * torch.randn(1, 1, 31000, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
     codes = codec.encode(wav)
-    assert codes.shape == (1, codec.n_q, -(-31000 // codec.hop_length))
-    assert 0 <= int(codes.min()) <= int(codes.max()) < codec.codebook_size
+    assert codes.shape == (1, spec.n_q, -(-31000 // spec.hop_length))
+    assert 0 <= int(codes.min()) <= int(codes.max()) < spec.codebook_size
     rebuilt = codec.decode(codes, 31000)
     assert rebuilt.shape == wav.shape
-    padded = torch.nn.functional.pad(wav, (0, -31000 % codec.hop_length))
+    padded = torch.nn.functional.pad(wav, (0, -31000 % spec.hop_length))
     if codec.kind == "encodec":
         wide = model.config.target_bandwidths[-1]
         wanted = model(padded, bandwidth=wide).audio_values
@@ -202,29 +266,43 @@ def test_codecs_of_transformers(kind, tmp_path, corpus):
     torch.testing.assert_close(
         rebuilt, wanted.reshape(1, 1, -1)[..., :31000].clamp(-1, 1), atol=1e-4, rtol=1e-3
     )
-    vectors = codec.vectors()
-    assert len(vectors) == codec.n_q
-    assert all(len(v) == codec.codebook_size for v in vectors)
-    with pytest.raises(NotImplementedError):
+    vectors = codec.codebooks()
+    assert len(vectors) == spec.n_q
+    assert all(len(v) == spec.codebook_size for v in vectors)
+    with pytest.raises(TypeError, match="first_level"):  # it decodes from the first level on
         codec.decode(codes, 31000, first_level=1)
+    with pytest.raises(NotImplementedError):
+        codec.decode(codes, 31000, mask=torch.ones(codes.shape[::2], dtype=torch.bool))
     model.save_pretrained(tmp_path)
-    again = bench.load_codec(f"{codec.kind}:{tmp_path}", corpus)
+    again = load_codec(f"{codec.kind}:{tmp_path}", corpus)
     assert torch.equal(again.encode(wav), codes)
-    assert bench.encode_corpus(codec, corpus[:1]).keys() == {corpus.entries[0].id}
+    assert replace(again.spec, name=spec.name) == spec
+    part = corpus[:1]
+    coded = bench.with_codes(codec, part)
+    assert coded.sample_rate == spec.sample_rate
+    values = coded.columns["codes"]
+    assert values.rows.keys() == {part.entries[0].id}
+    moved = resample(part[0].wav, 16000, spec.sample_rate)
+    assert torch.equal(values.cut(part.entries[0].id)[None], codec.encode(moved))
+    reader = Recognizer.load("phone-recognizer")
+    assert bench.preservation(codec, coded, part, (0, 1), reader, None).keys() == {"PER"}
+    assert bench.preservation(codec, coded, part, (1, 2), reader, None) == {}
 
 
 def test_load_codec(corpus):
-    assert bench.load_codec("speechtokenizer-small", corpus).n_q == 8
-    found = bench.load_codec("units:tiny-hubert", corpus, 16)
-    assert (found.n_q, found.codebook_size) == (1, 16)
+    assert load_codec("speechtokenizer-small", corpus).spec.n_q == 8
+    found = load_codec("units:tiny-hubert", corpus, 16)
+    assert (found.spec.n_q, found.spec.codebook_size) == (1, 16)
+    with pytest.raises(ValueError, match="fitted on a corpus"):
+        load_codec("units:tiny-hubert")
     with pytest.raises(ValueError, match="must be 'encodec'"):
-        bench.TransformersCodec(Teacher.untrained(width=16, layers=1).model)
+        TransformersCodec(Teacher.untrained(width=16, layers=1).model)
 
 
 def test_bench_is_resumed_and_tabulated(tmp_path, units, ours, corpus, monkeypatch):
     judges = (
-        Recognizer.from_pretrained("character-recognizer"),
-        SpeakerEncoder.from_pretrained("speaker-encoder"),
+        Recognizer.load("character-recognizer"),
+        SpeakerEncoder.load("speaker-encoder"),
     )
     quick = bench.ReaderConfig(steps=2, width=4, batch_size=4)
     arguments = (corpus, *judges, [(0, 1), (0, 8)], [(0, 1)])
@@ -244,6 +322,8 @@ def test_bench_is_resumed_and_tabulated(tmp_path, units, ours, corpus, monkeypat
     monkeypatch.setattr(bench, "_one_row", None)  # nothing may be computed again
     again = bench.bench_tokens(codecs, *arguments, 2, quick, tmp_path)
     assert again["rows"] == result["rows"]
+    with pytest.raises(TypeError):  # another reader: its rows are not there
+        bench.bench_tokens(codecs, *arguments, 2, replace(quick, width=5), tmp_path)
     table = bench.benchmark_table(json.loads(json.dumps(result)))
     assert table.count("\n| ours |") == 2
     assert "±" in table

@@ -1,4 +1,4 @@
-"""speechlab.foundations.training: schedules, checkpoints, kill -9, two processes, GAN steps."""
+"""The training loop and its checkpoints: schedules, kill -9, Ctrl-C, two processes, GAN steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from speechlab.foundations import store as S
 from speechlab.foundations import training as T
-from speechlab.foundations.corpus import SegmentBatches
+from speechlab.foundations.batches import SegmentBatches
 
 HERE = Path(__file__).parent
 
@@ -120,42 +122,42 @@ def equal_trees(one, other) -> bool:
 @given(TREES)
 def test_any_tree_survives(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("tree") / "a.safetensors"
-    T.save_tree(path, {"tree": tree})
-    assert equal_trees(T.load_tree(path)["tree"], tree)
+    S.save_tree(path, {"tree": tree})
+    assert equal_trees(S.load_tree(path)["tree"], tree)
 
 
 def test_damaged_checkpoints_are_never_loaded(tmp_path):
     for step in (1, 2):
-        T.save_checkpoint(tmp_path, step, {"step": step, "w": torch.randn(100)})
+        S.save_checkpoint(tmp_path, step, {"step": step, "w": torch.randn(100)})
     newest = tmp_path / "step-00000002" / "state.safetensors"
     data = newest.read_bytes()
     for harmed in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b"", data[: len(data) // 2]):
         newest.write_bytes(harmed)
         with pytest.warns(UserWarning, match="skipped"):
-            assert T.last_checkpoint(tmp_path).name == "step-00000001"
+            assert S.last_checkpoint(tmp_path).name == "step-00000001"
     newest.unlink()
     with pytest.warns(UserWarning, match="skipped"):
-        assert T.last_checkpoint(tmp_path).name == "step-00000001"
+        assert S.last_checkpoint(tmp_path).name == "step-00000001"
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    T.save_checkpoint(tmp_path, 1, {"step": 1})
+    S.save_checkpoint(tmp_path, 1, {"step": 1})
 
     def crash(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(T, "save_tree", crash)
+    monkeypatch.setattr(S, "save_tree", crash)
     with pytest.raises(OSError, match="no space"):
-        T.save_checkpoint(tmp_path, 2, {"step": 2})
-    assert T.last_checkpoint(tmp_path).name == "step-00000001"
+        S.save_checkpoint(tmp_path, 2, {"step": 2})
+    assert S.last_checkpoint(tmp_path).name == "step-00000001"
     monkeypatch.undo()
-    T.save_checkpoint(tmp_path, 3, {"step": 3})
+    S.save_checkpoint(tmp_path, 3, {"step": 3})
     assert not list(tmp_path.glob(".saving-*"))
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
     for step in range(5):
-        T.save_checkpoint(tmp_path, step, {"step": step}, keep=2)
+        S.save_checkpoint(tmp_path, step, {"step": step}, keep=2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
 
 
@@ -163,13 +165,13 @@ def test_foreign_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(T.CheckpointError, match="not a speechlab checkpoint"):
-        T.load_tree(tmp_path / "a.safetensors")
+    with pytest.raises(S.CheckpointError, match="not a speechlab checkpoint"):
+        S.load_tree(tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"hello")
-    with pytest.raises(T.CheckpointError, match="cannot be read"):
-        T.load_tree(tmp_path / "b.safetensors")
+    with pytest.raises(S.CheckpointError, match="cannot be read"):
+        S.load_tree(tmp_path / "b.safetensors")
     with pytest.raises(TypeError, match="cannot hold a object"):
-        T.save_tree(tmp_path / "c", {"x": object()})
+        S.save_tree(tmp_path / "c", {"x": object()})
 
 
 # Resuming
@@ -227,11 +229,11 @@ def test_kill_minus_9_and_resume_gives_the_same_bits(tmp_path, workers):
     time.sleep(0.12)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
-    last = T.last_checkpoint(tmp_path / "killed")
+    last = S.last_checkpoint(tmp_path / "killed")
     assert "step-00000010" <= last.name < "step-00000060"
     assert start(tmp_path / "killed", 0).wait() == 0
     one, two = (
-        T.load_tree(tmp_path / n / "step-00000060" / "state.safetensors")
+        S.load_tree(tmp_path / n / "step-00000060" / "state.safetensors")
         for n in ("whole", "killed")
     )
     assert equal_trees(one["modules"], two["modules"])
@@ -252,8 +254,126 @@ def test_another_model_is_refused(tmp_path, corpus):
         T.TrainConfig(steps=8),
         tmp_path,
     )
-    with pytest.raises(T.CheckpointError, match="modules"):
+    with pytest.raises(S.CheckpointError, match="modules"):
         other.fit()
+
+
+def test_only_damaged_checkpoints_are_no_fresh_start(tmp_path, corpus):
+    """A run whose checkpoints are all damaged stops; nothing is deleted until that is asked for."""
+    small_trainer(tmp_path, corpus).fit(until=8)
+    folders = sorted(tmp_path.glob("step-*"))
+    assert [folder.name for folder in folders] == ["step-00000004", "step-00000008"]
+    for folder in folders:
+        (folder / "state.safetensors").write_bytes(b"harmed")
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(S.CheckpointError, match=r"step-00000004, step-00000008.*resume=False"),
+    ):
+        small_trainer(tmp_path, corpus).fit()
+    assert sorted(tmp_path.glob("step-*")) == folders
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
+    afresh = small_trainer(tmp_path, corpus)
+    assert [row["step"] for row in afresh.fit(resume=False)] == [3, 6, 9, 12]
+    assert not set(folders) & set(tmp_path.glob("step-0000000[0-7]"))
+
+
+def stopped(trainer: T.Trainer, step: int, error: type = KeyboardInterrupt) -> T.Trainer:
+    """A trainer that is stopped between two steps, once `step` of them are done."""
+    inner = trainer._one_step
+
+    def one_step(loader):
+        if trainer.step == step:
+            raise error
+        return inner(loader)
+
+    trainer._one_step = one_step
+    return trainer
+
+
+def test_an_interrupt_keeps_the_steps_so_far(tmp_path, corpus):
+    """Ctrl-C after step 5 and before 6: five steps are on disk, and going on is exact."""
+    whole = small_trainer(tmp_path / "whole", corpus)
+    whole.fit()
+    cut = stopped(small_trainer(tmp_path / "cut", corpus, save_every=0), 5)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    assert S.last_checkpoint(tmp_path / "cut").name == "step-00000005"
+    second = small_trainer(tmp_path / "cut", corpus, save_every=0)
+    second.fit()
+    assert same(whole.raw().state_dict(), second.raw().state_dict())
+    assert [r["loss"] for r in whole.history] == [r["loss"] for r in second.history]
+
+
+def test_ctrl_c_in_the_middle_of_a_step(tmp_path, corpus):
+    """Where training spends its time: the signal comes while a loss is computed."""
+    whole = small_trainer(tmp_path / "whole", corpus)
+    whole.fit()
+    trainer = small_trainer(tmp_path / "cut", corpus, save_every=0)
+    inner = trainer._step_function
+
+    def step(trainer, batch):
+        if trainer.step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return inner(trainer, batch)
+
+    trainer._step_function = step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    found = S.last_checkpoint(tmp_path / "cut")
+    assert found is not None and found.name in ("step-00000005", "step-00000006")
+    second = small_trainer(tmp_path / "cut", corpus, save_every=0)
+    second.fit()
+    assert same(whole.raw().state_dict(), second.raw().state_dict())
+
+
+def test_an_error_saves_nothing(tmp_path, corpus):
+    """Only Ctrl-C saves: what an error leaves behind may be what caused it."""
+    with pytest.raises(ZeroDivisionError):
+        stopped(small_trainer(tmp_path, corpus), 5, ZeroDivisionError).fit()
+    assert S.last_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_half_a_step_is_never_saved(tmp_path, corpus):
+    """Ctrl-C between the updates of two optimisers: no checkpoint of that moment."""
+    whole = gan(tmp_path / "whole", corpus, steps=6)
+    whole.fit()
+    trainer = gan(tmp_path / "cut", corpus, steps=6, save_every=2)
+    inner = trainer.update
+
+    def update(name, loss):
+        if (trainer.step, name) == (3, "generator"):
+            raise KeyboardInterrupt
+        inner(name, loss)
+
+    trainer.update = update
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert S.last_checkpoint(tmp_path / "cut").name == "step-00000002"
+    second = gan(tmp_path / "cut", corpus, steps=6)
+    second.fit()
+    for name in ("generator", "discriminator"):
+        assert same(whole.raw(name).state_dict(), second.raw(name).state_dict())
+
+
+@pytest.mark.parametrize(("seconds", "wanted"), [(120.0, [3, 6, 9, 12]), (0.0, [12])])
+def test_checkpoints_come_by_the_clock(tmp_path, corpus, monkeypatch, seconds, wanted):
+    """Steps of 50 seconds: a checkpoint where more than 120 have passed since the last."""
+    assert T.TrainConfig(steps=1).save_seconds == 120
+    trainer = small_trainer(tmp_path, corpus, save_every=0, save_seconds=seconds)
+    clock = types.SimpleNamespace(
+        monotonic=lambda: 50.0 * trainer.step, perf_counter=time.perf_counter
+    )
+    monkeypatch.setattr(T, "time", clock)
+    save, saved, trainer._saved = trainer.save, [], 0.0
+
+    def noted():
+        saved.append(trainer.step)
+        save()
+
+    trainer.save = noted
+    trainer.fit()
+    assert saved == wanted
 
 
 # Several optimisers
@@ -481,18 +601,18 @@ def test_an_optimiser_used_twice_keeps_its_rate(tmp_path, corpus):
 
 
 def test_saving_a_step_again_never_loses_it(tmp_path, monkeypatch):
-    T.save_checkpoint(tmp_path, 5, {"step": 5})
-    T.save_checkpoint(tmp_path, 5, {"step": 5, "again": True})
-    assert T.load_tree(T.last_checkpoint(tmp_path) / "state.safetensors")["again"]
-    T.save_checkpoint(tmp_path, 3, {"step": 3}, keep=1)
+    S.save_checkpoint(tmp_path, 5, {"step": 5})
+    S.save_checkpoint(tmp_path, 5, {"step": 5, "again": True})
+    assert S.load_tree(S.last_checkpoint(tmp_path) / "state.safetensors")["again"]
+    S.save_checkpoint(tmp_path, 3, {"step": 3}, keep=1)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000003"]
 
 
 def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
     for step in (1, 2):
-        T.save_checkpoint(tmp_path, step, {"step": step})
+        S.save_checkpoint(tmp_path, step, {"step": step})
     (tmp_path / "step-00000002" / "state.safetensors").write_bytes(b"")
-    T.save_checkpoint(tmp_path, 3, {"step": 3}, keep=2)
+    S.save_checkpoint(tmp_path, 3, {"step": 3}, keep=2)
     assert (tmp_path / "step-00000001").exists()
 
 
@@ -529,7 +649,8 @@ def test_two_processes_train_one_language_model(tmp_path):
     for rank in range(2):
         for name, weight in one["weights"].items():
             assert torch.allclose(two[rank]["weights"][name], weight, atol=1e-4), name
-    assert abs(one["nll"] - two[0]["nll"]) < 1e-3
+    for name in ("nll", "train"):
+        assert abs(one[name] - two[0][name]) < 1e-3
 
 
 def test_codebooks_are_shared_by_processes(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechlab.foundations.positions import attention_mask, rope_table, rotate
 from speechlab.foundations.transformer import (
     AdaptiveNorm,
     Attention,
@@ -17,13 +18,12 @@ from speechlab.foundations.transformer import (
     RMSNorm,
     Transformer,
     TransformerConfig,
+)
+from speechlab.foundations.transformer_tools import (
     attention_maps,
-    attention_mask,
     copy_gpt2_layer,
     copy_llama_layer,
     flops_per_position,
-    rope_table,
-    rotate,
 )
 
 X = torch.randn(1, 3, 32)
@@ -34,7 +34,11 @@ KINDS = {
     "other sizes": TransformerConfig(32, 2, 4, key_dim=6, value_dim=10, context=64),
     "qk norm": TransformerConfig(32, 2, 4, qk_norm=True, context=64),
     "no positions": TransformerConfig(32, 2, 4, positions="none", activation="gelu", context=64),
-}
+    "layers differ": TransformerConfig(
+        32, 2, heads=(4, 2), kv_heads=(2, 1), key_dim=(8, 6), value_dim=(5, 8), ffn_dim=(48, 16),
+        context=64,
+    ),
+}  # fmt: skip
 
 
 def loud(model: torch.nn.Module) -> torch.nn.Module:
@@ -81,7 +85,7 @@ def test_rope_sees_distances_only(p, distance, shift, dim):
     a, b = torch.randn(2, dim, generator=torch.Generator().manual_seed(p))
 
     def meet(one: int, two: int) -> float:
-        turned = [rotate(v.view(1, 1, 1, -1), cos[i].view(1, 1, -1), sin[i].view(1, 1, -1))
+        turned = [rotate(v.view(1, 1, 1, -1), cos[i].view(1, -1), sin[i].view(1, -1))
                   for v, i in ((a, one), (b, two))]  # fmt: skip
         return float((turned[0] * turned[1]).sum())
 
@@ -89,14 +93,14 @@ def test_rope_sees_distances_only(p, distance, shift, dim):
 
 
 def test_rope_is_a_rotation_of_complex_pairs():
-    x, (cos, sin) = torch.randn(2, 9, 3, 8), rope_table(9, 8)
+    x, (cos, sin) = torch.randn(2, 3, 9, 8), rope_table(9, 8)
     pairs = torch.complex(*x.double().chunk(2, dim=-1))
     for t in range(9):
         for i in range(4):
             angle = t * 10000 ** (-2 * i / 8)
-            pairs[:, t, :, i] *= complex(math.cos(angle), math.sin(angle))
+            pairs[:, :, t, i] *= complex(math.cos(angle), math.sin(angle))
     wanted = torch.cat([pairs.real, pairs.imag], dim=-1).float()
-    torch.testing.assert_close(rotate(x, cos[:, None], sin[:, None]), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotate(x, cos, sin), wanted, rtol=1e-5, atol=1e-5)
 
 
 @given(st.integers(1, 8), st.integers(0, 8), st.booleans(), st.integers(0, 8), st.integers(0, 7))
@@ -112,24 +116,25 @@ def test_mask_by_loops(queries, before, causal, prefix, padding):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_matches_float64_loops(kind):
+def test_attention_matches_float64_loops(kind, index):
     config = KINDS[kind]
     torch.manual_seed(1)
-    layer = loud(Attention(config)).double()
-    x, (d_k, d_v) = torch.randn(1, 6, 32, dtype=torch.float64), config.per_head
-    kv_heads = config.kv_heads or config.heads
+    size = config.layer(index)
+    layer, (heads_, kv_heads, d_k, d_v, _) = loud(Attention(config, size)).double(), size
+    x = torch.randn(1, 6, 32, dtype=torch.float64)
     q, k, v = layer.query_key_value(x)[0].split(layer.parts, dim=-1)
-    q, k, v = q.view(6, 4, d_k), k.view(6, kv_heads, d_k), v.view(6, kv_heads, d_v)
+    q, k, v = q.view(6, heads_, d_k), k.view(6, kv_heads, d_k), v.view(6, kv_heads, d_v)
     if config.qk_norm:
         q, k = layer.query_norm(q), layer.key_norm(k)
     cos, sin = (table.double() for table in rope_table(6, d_k))
-    rotation = (cos[:, None], sin[:, None]) if config.positions == "rope" else None
+    rotation = (cos, sin) if config.positions == "rope" else None
     rows = []
     for t in range(6):
         heads = []
-        for h in range(4):
-            shared, scores = h // (4 // kv_heads), []
+        for h in range(heads_):
+            shared, scores = h // (heads_ // kv_heads), []
             for s in range(t + 1):
                 one, two = q[t, h], k[s, shared]
                 if rotation:
@@ -149,7 +154,7 @@ def test_cross_attention_by_multihead_attention(bias):
     """torch's own module with other sizes of the memory, padding included."""
     config = TransformerConfig(32, 1, 4, bias=bias, positions="none", memory_dim=20)
     torch.manual_seed(0)
-    mine = Attention(config, 20).eval()
+    mine = Attention(config, config.layer(0), 20).eval()
     theirs = torch.nn.MultiheadAttention(
         32, 4, kdim=20, vdim=20, bias=bias, batch_first=True
     ).eval()
@@ -212,23 +217,21 @@ def test_any_chunks_with_a_cache_equal_one_pass(kind, data):
         sizes.append(data.draw(st.integers(1, 20 - sum(sizes))))
     cache = KVCache(model.config, 2)
     with torch.no_grad():
-        parts = [model(piece, cache=cache) for piece in x.split(sizes, dim=1)]
+        parts = [model.step(piece, cache) for piece in x.split(sizes, dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(x), rtol=1e-4, atol=1e-4)
     assert cache.length == 20
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_short_way_equals_the_blocks(kind):
-    """With gradients on, single steps take the general path; both must agree."""
-    model, x = make(kind), torch.randn(2, 6, 32)
+def test_steps_without_a_mask_equal_those_with_one(kind):
+    """Single steps and first pieces need no mask; one that hides nothing changes nothing."""
+    model, x = make(kind), torch.randn(2, 9, 32)
     caches = [KVCache(model.config, 2) for _ in range(2)]
-    for t in range(6):
-        with torch.no_grad():
-            fast = model(x[:, t : t + 1], cache=caches[0])
-        slow = model(x[:, t : t + 1], cache=caches[1])
-        torch.testing.assert_close(fast, slow.detach(), rtol=1e-5, atol=1e-5)
-        caches[1].keys = [k.detach() for k in caches[1].keys]
-        caches[1].values = [v.detach() for v in caches[1].values]
+    for first, last in ((0, 3), (3, 4), (4, 7), (7, 8), (8, 9)):
+        short = model.step(x[:, first:last], caches[0])
+        masked = model.step(x[:, first:last], caches[1], mask=torch.ones(2, last).bool())
+        torch.testing.assert_close(short, masked, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,8 +245,8 @@ def test_left_padding_changes_nothing(kind, short, more):
     both = torch.cat([long, padded])
     cache = KVCache(model.config, 2, padding=torch.tensor([0, 12 - short]))
     with torch.no_grad():
-        parts = [model(both[:, :12], cache=cache)]
-        parts += [model(both[:, t : t + 1], cache=cache) for t in range(12, 12 + more)]
+        parts = [model.step(both[:, :12], cache)]
+        parts += [model.step(both[:, t : t + 1], cache) for t in range(12, 12 + more)]
         found = torch.cat(parts, dim=1)
         torch.testing.assert_close(found[:1], model(long), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[1:, 12 - short :], model(own), rtol=1e-4, atol=1e-4)
@@ -277,7 +280,7 @@ def test_a_prefix_counts_real_positions():
     padded = torch.cat([torch.full((1, 4, 32), 9.0), own], dim=1)
     cache = KVCache(model.config, 1, padding=torch.tensor([4]))
     with torch.no_grad():
-        found = model(padded, prefix=3, cache=cache)[:, 4:]
+        found = model.step(padded, cache, prefix=3)[:, 4:]
         torch.testing.assert_close(found, model(own, prefix=3), rtol=1e-4, atol=1e-4)
 
 
@@ -288,12 +291,16 @@ def test_memory_in_the_cache_is_computed_once():
     mask, cache = torch.arange(8) < torch.tensor([[8], [2]]), KVCache(model.config, 2)
     with torch.no_grad():
         wanted = model(x, memory=memory, memory_mask=mask, condition=condition)
-        parts = [model(x[:, :2], memory=memory, memory_mask=mask, condition=condition, cache=cache)]
+        known = {"memory_mask": mask, "condition": condition}
+        parts = [model.step(x[:, :2], cache, memory=memory, **known)]
         for t in range(2, 6):  # no memory given: the cache has it
-            parts.append(model(x[:, t : t + 1], memory_mask=mask, condition=condition, cache=cache))
+            parts.append(model.step(x[:, t : t + 1], cache, **known))
     torch.testing.assert_close(torch.cat(parts, dim=1), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="memory is missing"):
         model(x, condition=condition)
+    cache.reset()
+    with pytest.raises(ValueError, match="memory is missing"):  # forgotten with the rest
+        model.step(x, cache, condition=condition)
     other = memory.clone()
     other[1, 4] = 100.0  # masked
     torch.testing.assert_close(
@@ -305,9 +312,9 @@ def test_cache_rows_can_be_kept_and_repeated():
     model, x = make("gpt2"), torch.randn(3, 5, 32)
     cache = KVCache(model.config, 3)
     with torch.no_grad():
-        model(x, cache=cache)
+        model.step(x, cache)
         cache.select(torch.tensor([2, 0, 2]))
-        again = model(x[[2, 0, 2], :1], cache=cache)
+        again = model.step(x[[2, 0, 2], :1], cache)
         wanted = model(torch.cat([x, x[:, :1]], dim=1))[[2, 0, 2], -1:]
     torch.testing.assert_close(again, wanted, rtol=1e-4, atol=1e-4)
     cache.reset(2)
@@ -318,14 +325,17 @@ def test_cache_rows_can_be_kept_and_repeated():
 
 def test_maps_are_the_attention():
     model, x = make("shared heads"), torch.randn(2, 7, 32)
-    maps = attention_maps(model, x)
+    maps = torch.stack(attention_maps(model, x))
     assert maps.shape == (2, 2, 4, 7, 7)
     assert (maps.triu(1) == 0).all()
     block, h = model.blocks[0], model.blocks[0].attention_norm(x)
-    v = block.attention._project(h, None)[2].repeat_interleave(2, dim=2)
-    by_maps = block.attention.out(torch.einsum("bhqk,bkhd->bqhd", maps[0], v).flatten(2))
-    found = block.attention(h, (model.cos[:7], model.sin[:7]), causal=True)
+    v = block.attention._project(h, None)[2].repeat_interleave(2, dim=1)
+    by_maps = block.attention.out(torch.einsum("bhqk,bhkd->bqhd", maps[0], v).flatten(2))
+    found = block.attention(h, (model.cos_8[:7], model.sin_8[:7]), causal=True)
     torch.testing.assert_close(by_maps, found, rtol=1e-4, atol=1e-5)
+    assert not any(b.attention._forward_pre_hooks for b in model.blocks)
+    with pytest.raises(TypeError, match="cache"):  # maps are of whole sequences
+        attention_maps(model, x, cache=KVCache(model.config, 2))
     assert not any(b.attention._forward_pre_hooks for b in model.blocks)
 
 
@@ -340,12 +350,13 @@ def test_bf16_autocast_keeps_the_residual_stream():
 
 def test_flops_are_those_of_the_matrices():
     for config in KINDS.values():
-        block = Block(config)
-        weights = sum(w.numel() for n, w in block.named_parameters() if w.dim() == 2)
-        assert flops_per_position(config, 0) == 2 * weights * config.layers
-        d_k, d_v = config.per_head
+        blocks = [Block(config, index) for index in range(config.layers)]
+        named = [pair for block in blocks for pair in block.named_parameters()]
+        weights = sum(w.numel() for n, w in named if w.dim() == 2)
+        assert flops_per_position(config, 0) == 2 * weights
+        sizes = [config.layer(index) for index in range(config.layers)]
         more = flops_per_position(config, 10) - flops_per_position(config, 0)
-        assert more == 2 * 10 * 4 * (d_k + d_v) * config.layers
+        assert more == 2 * 10 * sum(size.heads * (size.key + size.value) for size in sizes)
 
 
 @pytest.mark.parametrize(
@@ -356,23 +367,19 @@ def test_flops_are_those_of_the_matrices():
         (lambda: TransformerConfig(dim=12, heads=4), "key_dim is 3.*even"),
         (lambda: TransformerConfig(norm="batch"), "norm is 'batch'"),
         (lambda: TransformerConfig(layers=0), "layers is 0"),
-        (lambda: TransformerConfig(heads=4, kv_heads=-2), "kv_heads -2"),
+        (lambda: TransformerConfig(heads=4, kv_heads=-2), "kv_heads is -2"),
         (lambda: attention_mask(5, 3), "5 queries and 3 keys"),
         (
-            lambda: make("llama")(torch.randn(1, 3, 32), cache=KVCache(KINDS["llama"], 2)),
-            "x has 1 rows, the cache 2",
+            lambda: make("llama").step(torch.randn(1, 3, 32), KVCache(KINDS["llama"], 2)),
+            "x is 1 rows up to position 3, the cache holds 2 rows",
         ),
         (lambda: make("llama")(X, memory=X), "no memory_dim"),
         (
             lambda: Transformer(TransformerConfig(32, 1, 4, condition_dim=3))(X),
             "condition is missing",
         ),
-        (
-            lambda: attention_maps(
-                make("llama"), torch.randn(1, 3, 32), cache=KVCache(KINDS["llama"])
-            ),
-            "cache is given",
-        ),
+        (lambda: TransformerConfig(32, 2, heads=(4, 2, 1)), "heads has 3 entries for 2 layers"),
+        (lambda: TransformerConfig(32, 2, ffn_dim=(8, 0)), "ffn_dim is 0"),
         (lambda: make("llama")(torch.randn(1, 65, 32)), "65 positions.*context holds 64"),
         (lambda: make("llama")(torch.randn(1, 0, 32)), "T at least 1"),
         (lambda: make("llama")(torch.randn(1, 5, 31)), r"\(1, 5, 31\).*\(B, T, 32\)"),
@@ -389,6 +396,6 @@ def test_bad_input(call, words):
 
 def test_a_full_cache_is_an_error():
     model, cache = make("llama"), KVCache(KINDS["llama"], 1, capacity=4)
-    model(torch.randn(1, 4, 32), cache=cache)
-    with pytest.raises(ValueError, match="5 positions, but the cache holds 4"):
-        model(torch.randn(1, 1, 32), cache=cache)
+    model.step(torch.randn(1, 4, 32), cache)
+    with pytest.raises(ValueError, match="position 5, the cache holds 1 rows and 4 positions"):
+        model.step(torch.randn(1, 1, 32), cache)

@@ -20,7 +20,6 @@ def worker(rank: int, world: int, folder: str, what: str) -> None:
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": os.environ["TEST_PORT"],
-        "ACCELERATE_USE_CPU": "true",
     }
     torch.set_num_threads(1)
     if what == "rvq":
@@ -33,7 +32,8 @@ def worker(rank: int, world: int, folder: str, what: str) -> None:
 
 def train_linear(folder: Path) -> dict:
     """A small model on the shared loop; DDP averages the gradients."""
-    from speechlab.foundations.corpus import SegmentBatches, embedded_corpus
+    from speechlab.foundations.batches import SegmentBatches
+    from speechlab.foundations.corpus import embedded_corpus
     from speechlab.foundations.training import TrainConfig, Trainer, cosine
 
     torch.manual_seed(0)
@@ -54,53 +54,66 @@ def train_linear(folder: Path) -> dict:
 
 def train_codec(folder: Path) -> dict:
     """A tokeniser with critics and distillation, without random choices; both optimisers step."""
+    from speechlab.foundations.columns import Values
     from speechlab.foundations.corpus import embedded_corpus
-    from speechlab.tokenizer import speech_tokenizer as st
+    from speechlab.foundations.recipes import Optim
+    from speechlab.foundations.training import TrainConfig
+    from speechlab.tokenizer.codec_training import CodecRecipe
     from speechlab.tokenizer.discriminators import DiscriminatorsConfig
+    from speechlab.tokenizer.frame_codec import FrameCodecConfig
     from speechlab.tokenizer.rvq import RVQConfig
-    from speechlab.tokenizer.seanet import FrameCodecConfig
+    from speechlab.tokenizer.speech_tokenizer import SpeechTokenizerConfig
 
-    class Distiller:
-        size = 10
-
-        def __call__(self, semantic, batch):
-            return (semantic - 1).square().mean()
-
-    config = st.SpeechTokenizerConfig(
-        FrameCodecConfig(dim=12, width=16, encoder_blocks=1, decoder_blocks=1),
-        RVQConfig(dim=12, n_q=2, codebook_size=8, kmeans_iterations=0, revive_below=0.0),
-        10,
+    corpus, rng = embedded_corpus("smoke"), torch.Generator().manual_seed(0)
+    features = {
+        entry.id: torch.randn(10, -(-entry.samples // 320), generator=rng).numpy()
+        for entry in corpus.entries
+    }
+    recipe = CodecRecipe(
+        optim=Optim(2e-3, 0, 0.05, (0.8, 0.99)),
+        loop=TrainConfig(steps=6, log_every=2),
+        batch_size=4,
+        model=SpeechTokenizerConfig(
+            FrameCodecConfig(dim=12, width=16, encoder_blocks=1, decoder_blocks=1),
+            RVQConfig(dim=12, n_q=2, codebook_size=8, kmeans_iterations=0, revive_below=0.0),
+            0,
+        ),
+        seconds=0.25,
+        distill="t_axis",
+        critics=DiscriminatorsConfig((3,), 0, (256,), period_width=2, stft_width=2),
+        quantise_from=0.3,  # from the third step on
     )
-    critics = DiscriminatorsConfig((3,), 0, (256,), period_width=2, stft_width=2)
-    training = st.TokenizerTraining(
-        steps=6, seconds=0.25, batch_size=4, critics=critics, quantise_from=0.3, log_every=2
-    )
-    trainer = st.tokenizer_trainer(
-        embedded_corpus("smoke"),
-        folder / f"run-{os.environ['WORLD_SIZE']}",
-        config,
-        training,
-        Distiller(),
-    )
+    corpus = recipe.columns(corpus.with_values("teacher", Values(features, 320)))
+    trainer = recipe.trainer(corpus, folder / f"run-{os.environ['WORLD_SIZE']}")
     history = trainer.fit()
-    losses = torch.tensor([[row["mel"], row["commit"], row["distill"]] for row in history])
+    inner = [[row[n] if row["step"] > 2 else 0.0 for n in ("commit", "distill")] for row in history]
+    losses = torch.tensor([[row["mel"], *more] for row, more in zip(history, inner)])
     weights = trainer.raw("generator").state_dict() | trainer.raw("critics").state_dict()
     return {"weights": weights, "losses": losses}
 
 
 def train_language_model(folder: Path) -> dict:
     """A GPT on recordings of one length, whose mean over a batch is the mean over its shares."""
+    from test_gpt import coded_corpus
+
+    from speechlab.foundations.recipes import Optim
+    from speechlab.foundations.training import TrainConfig
     from speechlab.foundations.transformer import TransformerConfig
-    from speechlab.lm.gpt import GPT, Clips, GPTConfig, GPTTraining, train_gpt
+    from speechlab.lm.gpt import GPTConfig
+    from speechlab.lm.gpt_training import GPTRecipe
+    from speechlab.lm.likelihood import likelihood
 
     rng = torch.Generator().manual_seed(0)
-    codes = [torch.randint(8, (1, 12), generator=rng).short() for _ in range(16)]
-    clips = Clips(codes, [str(i) for i in range(16)])
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(8, body=TransformerConfig(16, 1, 2, context=32)))
-    run = folder / f"run-{os.environ['WORLD_SIZE']}"
-    model, history = train_gpt(model, clips, run, GPTTraining(6, 4, 1e-2, 1), clips)
-    return {"weights": model.state_dict(), "nll": history[-1]["valid_nll"]}
+    corpus = coded_corpus([torch.randint(8, (1, 12), generator=rng) for _ in range(16)], 8)
+    recipe = GPTRecipe(
+        optim=Optim(1e-2, 1, 0.1, (0.9, 0.95), 0.1),
+        loop=TrainConfig(6),
+        batch_size=4,
+        model=GPTConfig(body=TransformerConfig(16, 1, 2, context=32)),
+    )
+    model, history = recipe.train(folder / f"run-{os.environ['WORLD_SIZE']}", corpus)
+    nll = likelihood(model, corpus).level()["nll"]
+    return {"weights": model.state_dict(), "nll": nll, "train": history[-1]["nll"]}
 
 
 def train_rvq(rank: int, world: int) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'penalise_repeats', 'Sampling', 'draw', 'Sampler']
 
-# %% ../../nbs/foundations/08_sampling.ipynb #4ff3f86a
+# %% ../../nbs/foundations/08_sampling.ipynb #35e6ca03
 import math
 from dataclasses import dataclass
 
@@ -13,10 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# %% ../../nbs/foundations/08_sampling.ipynb #8c643660
+from .contracts import check_count, describe
+
 # %% ../../nbs/foundations/08_sampling.ipynb #59f4e4de
+def _check_shape(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2:
+        raise ValueError(f"logits is {describe(logits)}; it must be a float tensor (B, V)")
+    if not logits.shape[1]:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; no tokens to choose from")
+
+
 def _check_logits(logits: Tensor) -> None:
-    if logits.dim() != 2 or not logits.shape[1]:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; it must be (B, V)")
+    _check_shape(logits)
     if not math.isfinite(float(logits.amax(dim=-1).float().sum())):
         raise ValueError("logits hold NaN, +inf or a row of -inf; nothing can be drawn from them")
 
@@ -26,8 +35,8 @@ def keep_top_k(
     k: int,  # how many
 ) -> Tensor:  # (B, V), the others -inf
     "Keep the `k` largest logits; of equal ones at the edge, those that come first."
-    if k < 1:
-        raise ValueError(f"top_k is {k}; it must be at least 1")
+    _check_shape(logits)
+    check_count(k, "top_k")
     if k >= logits.shape[-1]:
         return logits
     places = logits.argsort(dim=-1, descending=True, stable=True)[..., :k]
@@ -39,6 +48,7 @@ def keep_top_p(
     p: float,  # in (0, 1]
 ) -> Tensor:  # (B, V), the others -inf
     "Keep the smallest set of largest probabilities that reaches `p` (the nucleus)."
+    _check_shape(logits)
     if not 0 < p <= 1:
         raise ValueError(f"top_p is {p}; it must lie in (0, 1]")
     ordered, places = logits.sort(dim=-1, descending=True, stable=True)
@@ -52,6 +62,7 @@ def keep_min_p(
     p: float,  # in [0, 1]
 ) -> Tensor:  # (B, V), the others -inf
     "Keep what is at least `p` times as likely as the likeliest."
+    _check_shape(logits)
     if not 0 <= p <= 1:
         raise ValueError(f"min_p is {p}; it must lie in [0, 1]")
     if p == 0:
@@ -65,8 +76,14 @@ def penalise_repeats(
     penalty: float,  # 1: none
 ) -> Tensor:  # (B, V)
     "Divide positive logits of tokens that occurred by `penalty`, multiply negative ones (CTRL)."
-    if penalty <= 0:
+    _check_shape(logits)
+    if not penalty > 0:
         raise ValueError(f"penalty is {penalty}; it must be above 0")
+    if history.shape[:1] != logits.shape[:1] or (
+        history.numel() and not -1 <= int(history.min()) <= int(history.max()) < logits.shape[1]
+    ):
+        raise ValueError(f"history is {describe(history)}; it must hold tokens of each row (B, n), "
+                         f"-1 to {logits.shape[1] - 1}")
     counts = torch.zeros_like(logits)
     counts.scatter_add_(-1, history.clamp(min=0), (history >= 0).to(logits.dtype))
     reduced = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -88,14 +105,14 @@ class Sampling:
     def __post_init__(self):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        check_count(self.top_k, "top_k", 0)
+        check_count(self.window, "window")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1]")
-        if not (self.penalty > 0 and self.window >= 1):
-            raise ValueError(f"penalty {self.penalty} and window {self.window} must be above 0")
+        if not self.penalty > 0:
+            raise ValueError(f"penalty is {self.penalty}; it must be above 0")
         if not 0 <= self.repeat_ratio <= 1:
             raise ValueError(f"repeat_ratio is {self.repeat_ratio}; it must lie in [0, 1]")
 
@@ -122,6 +139,9 @@ def draw(
     uniform: Tensor,  # (B,) in [0, 1)
 ) -> Tensor:  # (B,) int64
     "Inverse transform sampling: the first token whose cumulative probability exceeds `uniform`."
+    _check_shape(logits)
+    if uniform.shape != logits.shape[:1]:
+        raise ValueError(f"uniform is {describe(uniform)}; it must be ({len(logits)},)")
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     total = logits.to(exact).softmax(dim=-1).cumsum(dim=-1)
     wanted = (uniform.to(exact) * total[:, -1]).unsqueeze(-1)

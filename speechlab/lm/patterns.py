@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['PATTERNS', 'ALIGNED', 'Pattern', 'make_pattern', 'frame_table', 'build', 'revert', 'plot_pattern']
 
-# %% ../../nbs/lm/01_patterns.ipynb #07c1f703
+# %% ../../nbs/lm/01_patterns.ipynb #6e51be5e
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
+
+# %% ../../nbs/lm/01_patterns.ipynb #db7baf6d
+from ..foundations.contracts import check_codes, check_count, describe
 
 # %% ../../nbs/lm/01_patterns.ipynb #31447226
 PATTERNS = ("flatten", "parallel", "delay", "partial delay", "coarse first", "grouped", "depth")
@@ -142,21 +145,13 @@ def frame_table(
         return torch.tensor(rows)
 
 # %% ../../nbs/lm/01_patterns.ipynb #970b0465
-def _check_codes(codes: Tensor) -> None:
-    wrong = not isinstance(codes, Tensor) or codes.dim() != 3 or codes.is_floating_point()
-    if wrong or not codes.shape[2]:
-        found = getattr(codes, "shape", type(codes).__name__)
-        raise ValueError(f"codes are {found}; it must be an integer tensor "
-                         "(B, levels, frames) with at least one frame")
-
-
 def build(
     codes: Tensor,  # (B, levels, frames)
     name: str,
     empty: int,  # stands where a step writes nothing on a level
 ) -> Tensor:  # (B, levels, steps)
     "Lay out codes by step."
-    _check_codes(codes)
+    check_codes(codes)
     if name in ALIGNED:
         return codes
     table = frame_table(name, codes.shape[1], codes.shape[2]).T.to(codes.device)
@@ -170,6 +165,8 @@ def revert(
     frames: int,
 ) -> Tensor:  # (B, levels, frames), or (B, levels, frames, V)
     "The inverse of `build`: pick each code, or what was predicted for it, at its step."
+    if sequence.dim() not in (3, 4) or check_count(frames, "frames") > sequence.shape[2]:
+        raise ValueError(f"sequence is {describe(sequence)}; {frames} frames need as many steps")
     where = _step_table(name, sequence.shape[1], frames).to(sequence.device)
     if sequence.shape[2] <= int(where.max()):
         raise ValueError(f"sequence has {sequence.shape[2]} steps; {frames} frames need "

@@ -127,8 +127,8 @@ _RECONSTRUCTION = (
         "total loss of the generator",
         r"\lambda_t L_t + \lambda_f L_f + \lambda_g L_g + \lambda_{feat} L_{feat} + "
         r"\lambda_w L_w + \lambda_{distill} L_{distill}",
-        "speechlab.tokenizer.losses.total_loss",
-        "tests/test_losses.py::test_total_is_the_weighted_sum",
+        "speechlab.tokenizer.codec_training.TokenizerStep.__call__",
+        "tests/test_speech_tokenizer.py::test_the_generator_descends_eq_8",
     ),
 )
 
@@ -147,7 +147,7 @@ _LANGUAGE = (
         "Eq. 34",
         "rotary positions, Llama's pairs",
         r"x_i' = x_i \cos p\theta_i - x_{i+d/2} \sin p\theta_i,\; \theta_i = 10000^{-2i/d}",
-        "speechlab.foundations.transformer.rotate",
+        "speechlab.foundations.positions.rotate",
         "tests/test_transformer.py::test_rope_is_a_rotation_of_complex_pairs",
     ),
     Equation(
@@ -171,8 +171,8 @@ _LANGUAGE = (
         "text",
         "next coarse token from tokens and causal mel slices",
         r"-\sum_t \log p(c_{t+1} \mid c_{\le t}, x_{<(t+1)h})",
-        "speechlab.lm.gpt.token_nll",
-        "tests/test_gpt.py::test_nll_by_hand_and_in_bits_per_second",
+        "speechlab.lm.hybrid.HybridGPT.forward",
+        "tests/test_hybrid.py::test_the_hybrid_from_its_prefixes_in_float64",
     ),
     Equation(
         "Whisper-GPT",
@@ -182,6 +182,35 @@ _LANGUAGE = (
         r"x_{(t+1)h - 1}\big)",
         "speechlab.lm.hybrid.CausalMel.forward",
         "tests/test_hybrid.py::test_slices_are_windows_that_end_with_their_token",
+    ),
+)
+
+# %% ../../nbs/reference/equations.ipynb #7f686d32
+_MASKED = (
+    Equation(
+        "Metis",
+        "Eq. 1",
+        "masked generative modelling",
+        r"-\mathbb{E}_{t, m_t} \sum_i m_{t,i} \log p(y_i \mid x_t, c)",
+        "speechlab.metis.schedules.masked_nll",
+        "tests/test_metis.py::test_eq_1_is_its_expectation_by_enumeration",
+    ),
+    Equation(
+        "Metis",
+        "text",
+        "tokens that are hidden after step j of S",
+        r"\lfloor n \, \gamma(T - j T / S) \rfloor",
+        "speechlab.metis.schedules.Schedule.masked",
+        "tests/test_metis.py::test_counts_are_the_floors",
+    ),
+    Equation(
+        "Simple and effective masked diffusion language models",
+        "Eq. 10",
+        "bound on the likelihood from a masked loss",
+        r"-\log p(y) \le \int_0^1 \frac{\gamma'(t)}{\gamma(t)} \mathbb{E}_{m_t} "
+        r"\Big[-\sum_i m_{t,i} \log p(y_i \mid x_t)\Big] dt",
+        "speechlab.metis.schedules.likelihood_bound",
+        "tests/test_metis.py::test_the_bound_bounds_and_is_tight_for_one_distribution",
     ),
 )
 
@@ -219,7 +248,7 @@ _MEASURES = (
         "Eq. 3",
         "probability of a text",
         r"p(y \mid x) = \sum_{\pi \in B^{-1}(y)} \prod_{t=1}^{T} p_t(\pi_t)",
-        "speechlab.foundations.judges.ctc_loss",
+        "speechlab.foundations.ctc.ctc_loss",
         "tests/test_judges.py::test_ctc_loss_is_that_of_all_paths",
     ),
     Equation(
@@ -245,10 +274,10 @@ _MEASURES = (
         "mel-cepstral distortion",
         r"\frac{10 \sqrt 2}{\ln 10} \frac1T \sum_t \sqrt{\sum_{d=1}^{13} (c_{t,d} - c'_{t,d})^2}",
         "speechlab.foundations.evaluation.mel_cepstral_distortion",
-        "tests/test_evaluation.py::test_mcd_is_the_sum_of_cosines",
+        "tests/test_evaluation.py::test_mcd_has_the_usual_constant",
     ),
 )
-EQUATIONS = _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED + _LANGUAGE
+EQUATIONS = _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED + _LANGUAGE + _MASKED
 
 
 def as_markdown(rows: tuple[Equation, ...] = EQUATIONS) -> str:

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['matching_frames', 'convert_codes', 'convert', 'Separation', 'separation', 'level_vectors', 'MixingDesk']
 
-# %% ../../nbs/tokenizer/09_conversion.ipynb #abe9fce0
+# %% ../../nbs/tokenizer/09_conversion.ipynb #ae05b95d
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..foundations.audio import Player, check_wav
+# %% ../../nbs/tokenizer/09_conversion.ipynb #9544d512
+from ..foundations.contracts import check_codes, check_wav
 from ..foundations.corpus import Corpus
+from ..foundations.display import Player
 from ..foundations.evaluation import phone_frames
-from .rvq import check_codes, nearest_codes
+from .rvq import nearest_codes
 from .speech_tokenizer import SpeechTokenizer
 
 # %% ../../nbs/tokenizer/09_conversion.ipynb #e9ea5a43
@@ -41,15 +43,12 @@ def convert_codes(
     align: str = "match",  # or "cycle", the paper's way
 ) -> Tensor:  # (1, levels, T): level 1 of the source, the others of the reference
     "Mix two recordings' codes."
-    n_q, size = tokenizer.config.rvq.n_q, tokenizer.config.rvq.codebook_size
+    spec = tokenizer.spec
     for name, codes in (("source", source), ("reference", reference)):
-        try:
-            check_codes(codes, size, n_q)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        check_codes(codes, spec.codebook_size, spec.n_q, name=name)
         if len(codes) != 1:
             raise ValueError(f"{name} holds {len(codes)} signals; conversion takes one")
-    levels = n_q if levels is None else levels
+    levels = spec.n_q if levels is None else levels
     if not 1 <= levels <= reference.shape[1]:
         raise ValueError(f"levels is {levels}; it must lie in [1, {reference.shape[1]}]")
     frames, have = source.shape[-1], reference.shape[-1]
@@ -123,14 +122,14 @@ def level_vectors(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # vectors (N, D), labels (N,), utterances (N,)
     "Mean code vectors: of utterances with their speakers, or of phones with their symbols."
     vectors, labels, groups = [], [], []
-    device = next(tokenizer.parameters()).device
+    device = tokenizer.device
     for index, utterance in enumerate(corpus):
         codes = tokenizer.encode(utterance.wav.to(device))
         frames = tokenizer.quantizer.codes_to_vectors(codes)[0, first:last].sum(dim=0).T.cpu()
         if symbols is None:
             spans = [(frames.mean(dim=0), utterance.speaker)]
         else:
-            phones = phone_frames(utterance.entry, symbols, tokenizer.config.hop_length)
+            phones = phone_frames(utterance.entry, symbols, tokenizer.spec.hop_length)
             cuts = np.flatnonzero(np.diff(phones)) + 1
             parts = zip(np.split(np.arange(len(phones)), cuts), np.split(phones, cuts))
             spans = [(frames[rows].mean(dim=0), symbols[p[0]]) for rows, p in parts if p[0] > 0]
@@ -167,14 +166,14 @@ class MixingDesk:
             label = f"{source} 1–{switch}, {reference} {switch + 1}–{levels}, {align}"
             label = f"{source}, {levels} levels" if switch >= levels else label
             clips[label] = self.mix(source, reference, switch, levels, align)
-        return Player(clips, self.tokenizer.config.sample_rate, transcript)
+        return Player(clips, self.tokenizer.spec.sample_rate, transcript)
 
     def widget(self):
         "The controls and a player that follows them."
         import ipywidgets
         from IPython.display import display
 
-        names, n_q = list(self.clips), self.tokenizer.config.rvq.n_q
+        names, n_q = list(self.clips), self.tokenizer.spec.n_q
         wide = {"style": {"description_width": "9em"}}
         controls = {
             "source": ipywidgets.Dropdown(options=names, description="source", **wide),
@@ -189,7 +188,7 @@ class MixingDesk:
         }
 
         def listen(**chosen):
-            display(Player({"mix": self.mix(**chosen)}, self.tokenizer.config.sample_rate))
+            display(Player({"mix": self.mix(**chosen)}, self.tokenizer.spec.sample_rate))
 
         sound = ipywidgets.interactive_output(listen, controls)
         return ipywidgets.VBox([*controls.values(), sound])

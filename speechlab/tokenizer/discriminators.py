@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PeriodDiscriminator', 'ScaleDiscriminator', 'STFTDiscriminator', 'DiscriminatorsConfig', 'Discriminators']
 
-# %% ../../nbs/tokenizer/04_discriminators.ipynb #00835081
+# %% ../../nbs/tokenizer/04_discriminators.ipynb #e09f7146
 from dataclasses import dataclass
 from itertools import pairwise
 

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'd_axis_loss', 't_axis_loss', 'pseudo_label_loss', 'Distiller']
 
-# %% ../../nbs/tokenizer/06_distillation.ipynb #1346e19b
+# %% ../../nbs/tokenizer/06_distillation.ipynb #2a8c6a1e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..foundations.corpus import Batch, Corpus
-from .teachers import FeatureCache, Teacher, Units
+# %% ../../nbs/tokenizer/06_distillation.ipynb #ef00ae16
+from ..foundations.batches import Batch
+from ..foundations.corpus import Corpus
+from .teachers import Units
 
 # %% ../../nbs/tokenizer/06_distillation.ipynb #53f92fa7
 def _check_features(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,39 +78,41 @@ def pseudo_label_loss(
 KINDS = ("d_axis", "t_axis", "pseudo_label")
 
 
-class Distiller:
-    "A distillation loss with its teacher: `distiller(semantic, batch) -> scalar`."
+class Distiller(nn.Module):
+    "A loss: `distiller(semantic, batch) -> scalar`. The batch has the teacher's column."
 
     def __init__(
         self,
-        corpus: Corpus,  # whose segments will come
-        teacher: Teacher,
+        corpus: Corpus,  # with the column "teacher": see `teacher_column`
         kind: str = "d_axis",  # "d_axis", "t_axis" or "pseudo_label"
         clusters: int = 100,  # K of the pseudo-labels
-        folder=None,  # of the feature cache; None: below the user's cache folder
+        seed: int = 0,  # of k-means
     ):
+        super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; it must be one of {KINDS}")
-        if corpus.sample_rate != 16000:
-            raise ValueError(f"corpus has {corpus.sample_rate} Hz; teachers want 16000 Hz")
-        self.kind, self.cache = kind, FeatureCache(corpus, teacher, folder)
-        self.size = teacher.size
-        rows = torch.cat([self.cache.utterance(e.id) for e in corpus.entries[:200]])
-        self.mean, self.scale = rows.mean(dim=0), rows.std(dim=0).clamp(min=1e-6)
+        if "teacher" not in corpus.columns:
+            raise ValueError(
+                "corpus has no column 'teacher'; add it by with_column(corpus, "
+                "teacher_column(teacher))"
+            )
+        values = corpus.columns["teacher"]
+        self.kind, self.hop_length = kind, values.hop_length
+        rows = torch.cat([values.cut(e.id).T for e in corpus.entries[:200]])  # (N, S)
+        self.register_buffer("mean", rows.mean(dim=0))
+        self.register_buffer("scale", rows.std(dim=0).clamp(min=1e-6))
+        self.size, self.units = rows.shape[1], None  # channels of the projection
         if kind == "pseudo_label":
-            part = corpus[:200]
-            self.units, self.size = Units.fit(teacher, part, clusters), clusters
-            self.units.features = nn.Identity()  # its features come from the cache
+            self.units, self.size = Units.of_rows(rows, clusters, seed), clusters
 
-    def __call__(
+    def forward(
         self,
         semantic: Tensor,  # (B, frames, size), the tokeniser's projected first code vectors
         batch: Batch,  # with segments on the frame grid
     ) -> Tensor:  # scalar
-        features, mask = self.cache.batch(batch)
+        features, mask = batch["teacher"].transpose(1, 2), batch.valid("teacher")
         if self.kind == "pseudo_label":
-            units = self.units.to(features.device).number(features)
-            return pseudo_label_loss(semantic, units, mask)
-        features = (features - self.mean.to(features)) / self.scale.to(features)
+            return pseudo_label_loss(semantic, self.units.number(features), mask)
+        features = (features - self.mean) / self.scale
         loss = d_axis_loss if self.kind == "d_axis" else t_axis_loss
         return loss(semantic, features, mask)

@@ -6,7 +6,7 @@
 __all__ = ['check_pair', 'time_loss', 'MultiScaleMel', 'discriminator_loss', 'adversarial_loss', 'feature_loss', 'LossWeights',
            'total_loss', 'GradientBalancer']
 
-# %% ../../nbs/tokenizer/03_losses.ipynb #c8a14c48
+# %% ../../nbs/tokenizer/03_losses.ipynb #685da9e5
 import math
 import warnings
 from collections.abc import Mapping

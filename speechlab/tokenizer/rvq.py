@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['nearest_codes', 'code_sums', 'draw_rows', 'kmeans', 'RVQConfig', 'Codebook', 'RVQOutput', 'code_perplexity',
-           'check_codes', 'check_mask', 'check_vectors', 'ResidualVQ']
+           'check_vectors', 'ResidualVQ']
 
-# %% ../../nbs/tokenizer/01_rvq.ipynb #2d57b174
+# %% ../../nbs/tokenizer/01_rvq.ipynb #537f9bae
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,8 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+
+# %% ../../nbs/tokenizer/01_rvq.ipynb #4e0c6350
+from ..foundations.contracts import check_codes, check_levels, check_mask, describe
+from ..foundations.models import Model
 
 # %% ../../nbs/tokenizer/01_rvq.ipynb #c9a71f52
 @torch.no_grad()
@@ -199,6 +202,17 @@ class Codebook(nn.Module):
         self.cluster_size[dead] = fair
         self.embed_sum[dead] = fresh * fair
 
+    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Rows x (N, D) to codes (N,), vectors (N, D) and counts (K,); learns in training mode."
+        if self.training and not self.initialized:
+            self.start_from(x)
+        codes = nearest_codes(x, self.embed.detach())
+        vectors = self.vectors(codes)
+        if self.training:
+            return codes, vectors, self.follow(x, codes)
+        counts = torch.bincount(codes, minlength=self.config.codebook_size).to(x.dtype)
+        return codes, vectors, counts
+
     def vectors(self, codes: Tensor) -> Tensor:
         "The code vectors (..., D) of indices (...)."
         return F.embedding(codes, self.embed)
@@ -223,50 +237,7 @@ def code_perplexity(
     p = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.exp(-torch.special.xlogy(p, p).sum(dim=-1))
 
-
-def _seen(value) -> str:
-    "A short description of a wrong argument."
-    is_tensor = isinstance(value, Tensor)
-    return f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__
-
-
-def check_codes(
-    codes: Tensor,  # (B, n_q, T)
-    codebook_size: int,
-    most_levels: int,
-    mask: Tensor | None = None,  # (B, T), True where valid; elsewhere codes are not looked at
-) -> Tensor:
-    "Return `codes` unchanged, or raise `ValueError` saying what was seen and what is wanted."
-    shaped = isinstance(codes, Tensor) and codes.dim() == 3
-    if not shaped or codes.is_floating_point() or codes.dtype == torch.bool:
-        raise ValueError(f"codes is {_seen(codes)}; it must be an integer tensor (B, n_q, T)")
-    if codes.numel() == 0:
-        raise ValueError(f"codes has shape {tuple(codes.shape)}; no dimension may be empty")
-    if codes.shape[1] > most_levels:
-        raise ValueError(f"codes has {codes.shape[1]} levels; this quantiser has {most_levels}")
-    seen = codes if mask is None else codes[mask[:, None].expand_as(codes)]
-    if seen.numel() and (seen.min() < 0 or seen.max() >= codebook_size):
-        raise ValueError(
-            f"codes range from {seen.min()} to {seen.max()}; they must lie in "
-            f"[0, {codebook_size - 1}]"
-        )
-    return codes
-
 # %% ../../nbs/tokenizer/01_rvq.ipynb #3320fe38
-def check_mask(
-    mask: Tensor | None,  # (B, T) bool, True where valid
-    shape: tuple[int, ...],  # (B, T)
-) -> None:
-    "Raise `ValueError` unless the mask is None or a bool tensor of this shape with a valid frame."
-    if mask is None:
-        return
-    boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
-    if not boolean or tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"mask is {_seen(mask)}; it must be a bool tensor (B, T) = {tuple(shape)}")
-    if not mask.any():
-        raise ValueError("mask is False everywhere; at least one frame must be valid")
-
-
 def check_vectors(
     z: Tensor,  # (B, D, T)
     dim: int,  # D
@@ -275,7 +246,7 @@ def check_vectors(
     "Return `z` unchanged, or raise `ValueError` saying what was seen and what is wanted."
     shaped = isinstance(z, Tensor) and z.dim() == 3 and z.shape[1] == dim
     if not shaped or not z.is_floating_point():
-        raise ValueError(f"z is {_seen(z)}; it must be a float tensor (B, {dim}, T)")
+        raise ValueError(f"z is {describe(z)}; it must be a float tensor (B, {dim}, T)")
     if z.numel() == 0:
         raise ValueError(f"z has shape {tuple(z.shape)}; no dimension may be empty")
     check_mask(mask, (z.shape[0], z.shape[2]))
@@ -305,69 +276,55 @@ class _Frames(NamedTuple):
         return rows.view(self.batch, self.count, -1).transpose(1, 2)
 
 # %% ../../nbs/tokenizer/01_rvq.ipynb #3a93ff52
-class _Levels(nn.Module):
-    "Codebooks in a chain, on rows (N, D)."
+def _through_levels(levels: nn.ModuleList, rows: Tensor, depth: Tensor | None) -> tuple:
+    "Rows (N, D): level 1, all levels' sum, codes (N, n_q), both losses, counts (n_q, K)."
+    left, total, gradient = rows, torch.zeros_like(rows), levels[0].config.codebook == "gradient"
+    codes = torch.full((len(rows), len(levels)), -1, dtype=torch.long, device=rows.device)
+    commit, pull, counts = rows.new_zeros(()), rows.new_zeros(()), []
+    for index, level in enumerate(levels):
+        active = slice(None) if depth is None else (depth > index).nonzero().flatten()
+        residual = left[active]
+        found, vectors, level_counts = level.quantise(residual.detach())
+        counts.append(level_counts)
+        if len(found):
+            commit = commit + F.mse_loss(residual, vectors.detach())
+            if gradient:
+                pull = pull + F.mse_loss(vectors, residual.detach())
+        codes[active, index] = found
+        chosen = vectors.detach()  # gradient codebooks learn from `pull` alone
+        if depth is not None:
+            chosen = torch.zeros_like(rows).index_copy(0, active, chosen)
+        left, total = left - chosen, total + chosen
+        if index == 0:
+            first = total
+    return first, total, codes, commit, pull, torch.stack(counts)
 
-    def __init__(self, config: RVQConfig):
-        super().__init__()
-        self.config = config
-        self.levels = nn.ModuleList(Codebook(config) for _ in range(config.n_q))
 
-    def _one_level(self, level: Codebook, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Codes (N,), vectors (N, D) and counts (K,) of one level; updates it in training."
-        if self.training and not level.initialized:
-            level.start_from(residual)
-        codes = nearest_codes(residual, level.embed.detach())
-        vectors = level.vectors(codes)
-        if self.training:
-            return codes, vectors, level.follow(residual, codes)
-        counts = torch.bincount(codes, minlength=self.config.codebook_size).to(residual.dtype)
-        return codes, vectors, counts
-
-    def _quantise(self, rows: Tensor, n_q: int, depth: Tensor | None) -> tuple:
-        "Rows (N, D): level 1, all levels' sum, codes (N, n_q), both losses, counts (n_q, K)."
-        left, total = rows, torch.zeros_like(rows)
-        codes = torch.full((len(rows), n_q), -1, dtype=torch.long, device=rows.device)
-        commit, pull, counts = rows.new_zeros(()), rows.new_zeros(()), []
-        for index, level in enumerate(self.levels[:n_q]):
-            active = slice(None) if depth is None else (depth > index).nonzero().flatten()
-            residual = left[active]
-            found, vectors, level_counts = self._one_level(level, residual.detach())
-            counts.append(level_counts)
-            if len(found):
-                commit = commit + F.mse_loss(residual, vectors.detach())
-                if self.config.codebook == "gradient":
-                    pull = pull + F.mse_loss(vectors, residual.detach())
-            codes[active, index] = found
-            chosen = vectors.detach()  # gradient codebooks learn from `pull` alone
-            if depth is not None:
-                chosen = torch.zeros_like(rows).index_copy(0, active, chosen)
-            left, total = left - chosen, total + chosen
-            if index == 0:
-                first = total
-        if self.config.codebook == "gradient":  # every parameter takes part, as DDP demands
-            pull = pull + 0.0 * sum(level.embed.sum() for level in self.levels)
-        return first, total, codes, commit, pull, torch.stack(counts)
-
-    def _draw_depths(self, frames: _Frames, n_q: int, like: Tensor) -> Tensor | None:
-        "How many levels each row uses (N,), one number a sample; None: all of them."
-        if not self.training or self.config.dropout == 0:
-            return None
-        depth = torch.randint(1, n_q + 1, (frames.batch,), device=like.device)
-        kept = torch.rand(frames.batch, device=like.device) >= self.config.dropout
-        depth = torch.where(kept, n_q, depth).view(-1, 1, 1).expand(-1, 1, frames.count)
-        return frames.rows(depth).flatten()
+def _draw_depths(frames: _Frames, n_q: int, dropout: float, like: Tensor) -> Tensor:
+    "How many levels each row uses (N,), one number a sample."
+    depth = torch.randint(1, n_q + 1, (frames.batch,), device=like.device)
+    kept = torch.rand(frames.batch, device=like.device) >= dropout
+    depth = torch.where(kept, n_q, depth).view(-1, 1, 1).expand(-1, 1, frames.count)
+    return frames.rows(depth).flatten()
 
 # %% ../../nbs/tokenizer/01_rvq.ipynb #399f062f
-class ResidualVQ(_Levels, PyTorchModelHubMixin):
+class ResidualVQ(Model):
     """Residual vector quantiser: `z (B, D, T) -> codes (B, n_q, T)` and back.
 
     The quantiser of SpeechTokenizer (ICLR 2024), EnCodec and DAC. Masks `(B, T)` are True where a
     frame is valid; the other frames get code -1, vector 0, and no part in any statistic.
     """
 
+    model_type, config_class = "residual-vq", RVQConfig
+
     def __init__(self, config: RVQConfig = RVQConfig()):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
+        self.levels = nn.ModuleList(Codebook(config) for _ in range(config.n_q))
+
+    def codebooks(self) -> list[Tensor]:
+        "The code vectors (K, D) of each level."
+        return [level.embed.detach() for level in self.levels]
 
     def forward(
         self,
@@ -379,8 +336,13 @@ class ResidualVQ(_Levels, PyTorchModelHubMixin):
         frames, n_q = self._check(z, n_q, mask)
         with torch.autocast(z.device.type, enabled=False):  # codes and averages want full precision
             rows = frames.rows(z).to(self.levels[0].embed.dtype)
-            depth = self._draw_depths(frames, n_q, rows)
-            first, total, codes, commit, pull, counts = self._quantise(rows, n_q, depth)
+            dropout, depth = self.config.dropout if self.training else 0, None
+            if dropout:
+                depth = _draw_depths(frames, n_q, dropout, rows)
+            found = _through_levels(self.levels[:n_q], rows, depth)
+            first, total, codes, commit, pull, counts = found
+            if self.config.codebook == "gradient":  # every parameter takes part, as DDP demands
+                pull = pull + 0.0 * sum(level.embed.sum() for level in self.levels)
             if z.requires_grad:
                 first, total = (rows + (v - rows).detach() for v in (first, total))
         first, vectors = (frames.back(v).to(z.dtype) for v in (first, total))
@@ -420,7 +382,7 @@ class ResidualVQ(_Levels, PyTorchModelHubMixin):
         mask: Tensor | None = None,  # (B, T) bool
     ) -> Tensor:  # (B, D, T)
         "Codes to vectors: the sum over levels. Masked frames become 0."
-        frames, rows = self._check_codes(codes, mask)
+        frames, rows = self._rows_of(codes, mask)
         return frames.back(sum(level.vectors(c) for level, c in zip(self.levels, rows.T)))
 
     def codes_to_vectors(
@@ -429,18 +391,15 @@ class ResidualVQ(_Levels, PyTorchModelHubMixin):
         mask: Tensor | None = None,  # (B, T) bool
     ) -> Tensor:  # (B, n_q, D, T)
         "The code vector of each level by itself; their sum over dim 1 is `decode(codes)`."
-        frames, rows = self._check_codes(codes, mask)
+        frames, rows = self._rows_of(codes, mask)
         each = [frames.back(level.vectors(c)) for level, c in zip(self.levels, rows.T)]
         return torch.stack(each, dim=1)
 
     def _check(self, z: Tensor, n_q: int | None, mask: Tensor | None) -> tuple[_Frames, int]:
         check_vectors(z, self.config.dim, mask)
-        n_q = self.config.n_q if n_q is None else n_q
-        if not isinstance(n_q, int) or not 1 <= n_q <= self.config.n_q:
-            raise ValueError(f"n_q is {n_q!r}; it must be an integer in [1, {self.config.n_q}]")
-        return _Frames(z.shape[0], z.shape[2], mask), n_q
+        return _Frames(z.shape[0], z.shape[2], mask), check_levels(n_q, self.config.n_q)
 
-    def _check_codes(self, codes: Tensor, mask: Tensor | None) -> tuple[_Frames, Tensor]:
+    def _rows_of(self, codes: Tensor, mask: Tensor | None) -> tuple[_Frames, Tensor]:
         if isinstance(codes, Tensor) and codes.dim() == 3:
             check_mask(mask, (codes.shape[0], codes.shape[2]))
         check_codes(codes, self.config.codebook_size, self.config.n_q, mask)

@@ -5,132 +5,67 @@
 # %% auto #0
 __all__ = ['StreamState', 'TokenizerStream', 'context_frames', 'encode_pieces', 'decode_pieces']
 
-# %% ../../nbs/tokenizer/10_streaming.ipynb #b2387e77
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+# %% ../../nbs/tokenizer/10_streaming.ipynb #8cc231d1
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..foundations.audio import check_wav
-from speechlab.tokenizer.seanet import (
-    Activation,
-    ConvNeXtBlock,
-    PaddedConv,
-    PaddedConvTranspose,
-    ResidualUnit,
-    SkipLSTM,
+# %% ../../nbs/tokenizer/10_streaming.ipynb #30e1c8e1
+from speechlab.foundations.contracts import (
+    check_count,
+    check_levels,
+    check_seconds,
+    check_wav,
+    describe,
+    frames_of,
 )
+from ..foundations.convolution import Past, map_past
+from ..foundations.machine import without_tf32
 from .speech_tokenizer import SpeechTokenizer
 
-# %% ../../nbs/tokenizer/10_streaming.ipynb #a59834e7
+# %% ../../nbs/tokenizer/10_streaming.ipynb #144feded
 @dataclass
 class StreamState:
-    "What a stream remembers between pieces: tensors by the place of their layer."
+    "What a stream remembers between pieces."
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    past: Past = None  # of the encoder's or decoder's layers
+    rest: Tensor | None = None  # (B, 1, t) samples that wait for a whole frame
     frames: int = 0  # already out
 
     def bytes(self) -> int:
         "Memory of the tensors."
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        sizes = []
+        map_past(lambda t: sizes.append(t.numel() * t.element_size()), [self.past, self.rest])
+        return sum(sizes)
+
+    def select(self, rows: Tensor) -> "StreamState":
+        "The state of these rows: a bool mask (B,)."
+        past, rest = map_past(lambda t: t[rows], [self.past, self.rest])
+        return StreamState(past, rest, self.frames)
+
+    @staticmethod
+    def join(states: Sequence["StreamState | None"]) -> "StreamState | None":
+        "One state of many rows; a row that has none starts from silence."
+        known = [state for state in states if state is not None]
+        if not known:
+            return None
+        blank = map_past(torch.zeros_like, known[0].past)
+        rows = [blank if state is None else state.past for state in states]
+        return StreamState(map_past(lambda *parts: torch.cat(parts), *rows), None, known[0].frames)
 
 
-class _Step:
-    "One piece through the layers: reads the old state, writes the new one."
-
-    def __init__(self, state: StreamState, final: bool):
-        self.old, self.new, self.final = state.tensors, {}, final
-
-    def before(self, place: str, x: Tensor, count: int) -> Tensor:
-        "x (B, C, t) with the last `count` positions of the past in front of it."
-        if count == 0:
-            return x
-        past = self.old.get(place)
-        if past is None:
-            past = x.new_zeros(*x.shape[:-1], count)
-        x = torch.cat([past, x], dim=-1)
-        self.new[place] = x[..., -count:].clone()
-        return x
-
-    def overlap(self, place: str, x: Tensor, keep: int) -> Tensor:
-        "x (B, C, t) plus what stuck out of the past; the last `keep` positions wait."
-        past = self.old.get(place)
-        if past is not None:  # rows may start apart, and then weights differ by row
-            head = x[..., :keep] + past
-            x = torch.cat([head, x[..., keep:].expand(len(head), -1, -1)], dim=-1)
-        self.new[place] = x[..., -keep:].clone()
-        return x[..., :-keep]
-
-# %% ../../nbs/tokenizer/10_streaming.ipynb #212b2d8e
-def _layer_step(layer: nn.Module, x: Tensor, place: str, step: _Step) -> Tensor:
-    "One causal layer on one piece."
-    if isinstance(layer, PaddedConv):
-        if step.final:  # the last piece may end within a stride; offline pads zeros there
-            x = F.pad(x, (0, -x.shape[-1] % layer.stride))
-        return layer.conv(step.before(place, x, layer.left))
-    if isinstance(layer, PaddedConvTranspose):
-        y = layer.conv(x)
-        bias = layer.conv.bias
-        if step.old.get(place) is not None and bias is not None:
-            y[..., : layer.stride] -= bias[:, None]  # it is in what waited already
-        return step.overlap(place, y, layer.stride)
-    if isinstance(layer, SkipLSTM):
-        rows = x.permute(2, 0, 1)
-        past = [step.old.get(f"{place}.{name}") for name in "hc"]
-        y, (h, c) = layer.lstm(rows, None if past[0] is None else tuple(past))
-        step.new |= {f"{place}.h": h, f"{place}.c": c}
-        return (y + rows).permute(1, 2, 0)
-    if isinstance(layer, ResidualUnit):
-        y = x
-        for index, part in enumerate(layer.block):
-            y = _layer_step(part, y, f"{place}.{index}", step)
-        return _layer_step(layer.shortcut, x, f"{place}.shortcut", step) + y
-    if isinstance(layer, ConvNeXtBlock):
-        y = layer.along_time(step.before(place, x, layer.left))
-        y = layer.narrow(F.gelu(layer.widen(layer.norm(y.transpose(1, 2)))))
-        return x + (layer.gain * y).transpose(1, 2)
-    if isinstance(layer, Activation):
-        return layer(x.clone() if layer.inplace else x)[0]
-    raise TypeError(f"no streaming form of {type(layer).__name__}")
-
-
-def _frame_encoder_step(encoder: nn.Module, wav: Tensor, step: _Step) -> Tensor:
-    "The small codec's encoder: windows reach back, blocks as above."
-    config = encoder.config
-    wav = step.before("wav", wav, config.n_fft - config.hop_length // 2)
-    x = encoder.first(encoder.spectra(wav[:, 0]))
-    for index, block in enumerate(encoder.blocks):
-        x = _layer_step(block, x, f"blocks.{index}", step)
-    return encoder.normalised(x)
-
-
-def _frame_decoder_step(decoder: nn.Module, z: Tensor, step: _Step) -> Tensor:
-    "The small codec's decoder: blocks, then windows that wait for the next ones."
-    config = decoder.config
-    x = decoder.first(step.before("first", z, decoder.blocks[0].left))
-    for index, block in enumerate(decoder.blocks):
-        x = _layer_step(block, x, f"blocks.{index}", step)
-    pieces = decoder.windows(x)
-    keep, sums = config.n_fft - config.hop_length, []
-    ones = torch.ones_like(pieces[:1, :1])
-    for name, frames in (("wav", pieces), ("weight", decoder.window.square()[:, None] * ones)):
-        sums.append(step.overlap(name, decoder.overlap_add(frames), keep))
-    return sums[0] / sums[1].clamp(min=1e-3)
-
-# %% ../../nbs/tokenizer/10_streaming.ipynb #144feded
 class TokenizerStream:
     "Encode and decode in pieces with a causal `SpeechTokenizer`; equal to doing it at once."
 
     def __init__(self, tokenizer: SpeechTokenizer):
-        if not tokenizer.config.codec.causal:
+        if not tokenizer.causal:
             raise ValueError(
                 "tokenizer is not causal: its codes depend on what comes later. "
                 "Use 'small-causal', or encode_pieces for long audio"
             )
-        self.tokenizer, self.hop_length = tokenizer.eval(), tokenizer.config.hop_length
-        self.by_frames = tokenizer.config.codec.kind == "frames"
+        self.tokenizer, self.hop_length = tokenizer.eval(), tokenizer.spec.hop_length
 
     @torch.no_grad()
     def encode(
@@ -144,25 +79,18 @@ class TokenizerStream:
         state = state or StreamState()
         if not (final and isinstance(wav, Tensor) and wav.shape[-1:] == (0,)):
             check_wav(wav)
-        rest = state.tensors.get("rest")
-        wav = wav if rest is None else torch.cat([rest, wav], dim=-1)
+        wav = wav if state.rest is None else torch.cat([state.rest, wav], dim=-1)
         whole = wav.shape[-1] if final else wav.shape[-1] // self.hop_length * self.hop_length
-        wav, rest = wav[..., :whole], wav[..., whole:]
-        n_q = self.tokenizer.config.rvq.n_q if n_q is None else n_q
+        wav, rest = wav[..., :whole], wav[..., whole:].clone()
+        quantizer = self.tokenizer.quantizer
         if not whole:  # not a frame yet
-            codes = torch.empty(len(wav), n_q, 0, dtype=torch.long, device=wav.device)
-            return codes, StreamState({**state.tensors, "rest": rest.clone()}, state.frames)
-        step, encoder = _Step(state, final), self.tokenizer.encoder
-        if self.by_frames:
-            wav = F.pad(wav, (0, -wav.shape[-1] % self.hop_length))
-            z = _frame_encoder_step(encoder, wav, step)
-        else:
-            z = wav
-            for index, layer in enumerate(encoder.layers):
-                z = _layer_step(layer, z, str(index), step)
-        codes = self.tokenizer.quantizer.encode(z, n_q)
-        new = StreamState(step.new | {"rest": rest.clone()}, state.frames + codes.shape[-1])
-        return codes, new
+            levels = check_levels(n_q, quantizer.config.n_q)
+            codes = torch.empty(len(wav), levels, 0, dtype=torch.long, device=wav.device)
+            return codes, StreamState(state.past, rest, state.frames)
+        with without_tf32():  # it moves codes
+            z, past = self.tokenizer.encoder.step(wav, state.past, final)
+        codes = quantizer.encode(z, n_q)
+        return codes, StreamState(past, rest, state.frames + codes.shape[-1])
 
     @torch.no_grad()
     def decode(
@@ -171,15 +99,9 @@ class TokenizerStream:
         state: StreamState | None = None,  # of the piece before; None: this is the first one
     ) -> tuple[Tensor, StreamState]:  # wav (B, 1, frames x hop_length), clipped; new state
         "The sound of some frames."
-        state = state or StreamState()
-        step, z = _Step(state, False), self.tokenizer.quantizer.decode(codes)
-        if self.by_frames:
-            wav = _frame_decoder_step(self.tokenizer.decoder, z, step)
-        else:
-            wav = z
-            for index, layer in enumerate(self.tokenizer.decoder.layers):
-                wav = _layer_step(layer, wav, str(index), step)
-        return wav.clamp(-1, 1), StreamState(step.new, state.frames + codes.shape[-1])
+        state, z = state or StreamState(), self.tokenizer.quantizer.decode(codes)
+        wav, past = self.tokenizer.decoder.step(z, state.past)
+        return wav.clamp(-1, 1), StreamState(past, None, state.frames + codes.shape[-1])
 
 # %% ../../nbs/tokenizer/10_streaming.ipynb #0a643f79
 def context_frames(
@@ -190,7 +112,7 @@ def context_frames(
     config = tokenizer.config.codec
     if config.kind == "frames":
         reach = config.kernel_size - 1 if config.causal else config.kernel_size // 2
-        windows = -(-config.n_fft // config.hop_length)
+        windows = frames_of(config.n_fft, config.hop_length)
         encode = config.encoder_blocks * reach + windows
         return encode, (config.decoder_blocks + 1) * reach + windows, True
     reach = config.kernel_size + tokenizer.encoder.context
@@ -206,6 +128,8 @@ def _pieces(
     "Cut a stream of blocks into pieces that overlap by their context."
     held, before = None, 0
     for block in blocks:
+        if not isinstance(block, Tensor) or block.dim() != 3 or len(block) != 1:
+            raise ValueError(f"a block is {describe(block)}; it must be a tensor (1, C, any)")
         held = block if held is None else torch.cat([held, block], dim=-1)
         while held.shape[-1] >= before + body + context:
             yield held[..., : before + body + context], before, body
@@ -225,22 +149,24 @@ def encode_pieces(
     lstm_frames: int = 100,  # see context_frames
 ) -> Iterator[Tensor]:  # codes (1, n_q, frames), in order
     "Encode any length in constant memory; exact unless the codec has an LSTM that looks ahead."
-    hop = tokenizer.config.hop_length
-    if tokenizer.config.codec.causal:
+    hop = tokenizer.spec.hop_length
+    check_seconds(seconds)
+    check_count(lstm_frames, "lstm_frames", 0)
+    if tokenizer.causal:
         stream, state = TokenizerStream(tokenizer), None
         for piece, _, _ in _pieces(
-            blocks, max(1, round(seconds * tokenizer.config.sample_rate / hop)) * hop, 0
+            blocks, max(1, round(seconds * tokenizer.spec.sample_rate / hop)) * hop, 0
         ):
             codes, state = stream.encode(piece, state, n_q=n_q)
             yield codes
-        if state is not None and state.tensors["rest"].shape[-1]:
+        if state is not None and state.rest.shape[-1]:
             yield stream.encode(piece[..., :0], state, final=True, n_q=n_q)[0]
         return
     context = context_frames(tokenizer, lstm_frames)[0] * hop
-    body = max(1, round(seconds * tokenizer.config.sample_rate / hop)) * hop
+    body = max(1, round(seconds * tokenizer.spec.sample_rate / hop)) * hop
     for piece, before, count in _pieces(blocks, body, context):
         codes = tokenizer.encode(piece, n_q)
-        yield codes[..., before // hop :][..., : -(-count // hop)]
+        yield codes[..., before // hop :][..., : frames_of(count, hop)]
 
 
 @torch.no_grad()
@@ -251,9 +177,10 @@ def decode_pieces(
     lstm_frames: int = 100,  # see context_frames
 ) -> Iterator[Tensor]:  # wav (1, 1, samples), in order
     "Decode any number of frames in constant memory."
-    hop = tokenizer.config.hop_length
-    body = max(1, round(seconds * tokenizer.config.sample_rate / hop))
-    if tokenizer.config.codec.causal:
+    hop = tokenizer.spec.hop_length
+    check_count(lstm_frames, "lstm_frames", 0)
+    body = max(1, round(check_seconds(seconds) * tokenizer.spec.sample_rate / hop))
+    if tokenizer.causal:
         stream, state = TokenizerStream(tokenizer), None
         for piece, _, _ in _pieces(blocks, body, 0):
             wav, state = stream.decode(piece, state)

@@ -1,0 +1,67 @@
+"""Shipped checkpoints give what they gave before the migration to strict models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from same_codes import assert_same_codes
+
+from speechlab import load
+from speechlab.foundations.models import shipped_models
+from speechlab.lm.hybrid import CausalMel
+
+BEFORE = load_file(Path(__file__).parent / "data" / "golden.safetensors")
+CODECS = ("speechtokenizer-small", "encodec-small", "small-causal", "music-causal")
+
+
+@pytest.fixture(scope="module")
+def wav():
+    """A second and a half of a gliding, pulsing tone with noise: the same on every machine."""
+    t, rng = np.arange(24000) / 16000, np.random.default_rng(5)
+    pitch = 110 + 40 * np.sin(2 * np.pi * 0.7 * t)
+    phase = 2 * np.pi * np.cumsum(pitch) / 16000
+    x = sum(np.sin(k * phase) / k for k in range(1, 12)) * (
+        0.2 + 0.15 * np.sin(2 * np.pi * 2.3 * t)
+    )
+    x += 0.01 * rng.standard_normal(24000)
+    x[8000:9600] = 0.002 * rng.standard_normal(1600)
+    return torch.from_numpy((0.5 * x / np.abs(x).max()).astype(np.float32)).view(1, 1, -1)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_codes_and_waves(name, wav):
+    model, before = load(name), BEFORE[f"{name}.codes"].long()
+    assert_same_codes(model, wav, before)
+    made = model.decode(before, wav.shape[-1])
+    torch.testing.assert_close(made, BEFORE[f"{name}.wav"].float(), atol=2e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_language_models(wav):
+    codes = BEFORE["small-causal.codes"][:, :, :20].long()
+    gpt, hybrid = load("gpt-small"), load("hybrid-small")
+    mel = CausalMel(**hybrid.config.framing)(wav)[..., :20]
+    for name, logits in (("gpt-small", gpt(codes)), ("hybrid-small", hybrid(codes, None, mel))):
+        wanted = BEFORE[f"{name}.logits"].float()
+        torch.testing.assert_close(logits[..., :8, :], wanted, atol=2e-2, rtol=2e-3)
+    assert gpt.config.codes == load("small-causal").spec
+
+
+@torch.no_grad()
+def test_judges_and_teachers(wav):
+    for name in ("phone-recognizer", "character-recognizer"):
+        found = load(name)(wav)[:, ::8]
+        torch.testing.assert_close(found, BEFORE[f"{name}.scores"].float(), atol=2e-2, rtol=2e-3)
+    found = load("speaker-encoder")(wav)
+    torch.testing.assert_close(found, BEFORE["speaker-encoder.vector"].float(), atol=1e-3, rtol=0)
+    for name in ("tiny-hubert", "tiny-hubert-ft"):
+        found = load(name)(wav)[:, ::8]
+        torch.testing.assert_close(found, BEFORE[f"{name}.features"].float(), atol=5e-3, rtol=5e-3)
+
+
+def test_every_shipped_model_is_compared():
+    assert set(shipped_models()) == {name.rsplit(".", 1)[0] for name in BEFORE}
