@@ -147,7 +147,8 @@ def main() -> None:
         on_cpu = chosen.device == "cpu"  # a GPU sums in another order
         if (codes[0] == theirs[:, 0]).float().mean() < (1.0 if on_cpu else 0.99):
             raise SystemExit("codes differ: nothing to compare")
-        if (ours.decode(codes) - peer.decode(codes.transpose(0, 1))).abs().max() > (1e-4 if on_cpu else 1e-3):
+        most = 1e-4 if on_cpu else 1e-3
+        if (ours.decode(codes) - peer.decode(codes.transpose(0, 1))).abs().max() > most:
             raise SystemExit("waves differ: nothing to compare")
         place = f"{chosen.threads} threads" if on_cpu else chosen.device
         case = f"of {seconds} s, batch 1, {place}"
