@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("SPEECHLAB_SCALE", "smoke")
 os.environ.setdefault("SPEECHLAB_DEVICE", "cpu")
-# Two processes that compile into one cache crash.
-os.environ["NUMBA_CACHE_DIR"] = str(
-    Path(tempfile.gettempdir(), "numba-" + os.environ.get("PYTEST_XDIST_WORKER", "alone"))
-)
 
 import torch
 from hypothesis import settings

@@ -25,7 +25,7 @@ from .contracts import TooShortError, check_wav, frames_of
 from .corpus import Corpus, Entry
 from .judges import Recognizer, check_rates, equal_error_rate, speaker_pairs
 from .outside_judges import dnsmos, visqol
-from .machine import require
+from .machine import compiled_librosa, require
 from .phonemes import PAUSE
 from .statistics import Estimate, bootstrap
 
@@ -95,9 +95,7 @@ def mel_cepstral_distortion(
     check_wav(wav, min_samples=SHORTEST), check_wav(rebuilt, "rebuilt", min_samples=SHORTEST)
     one, two = mel_cepstra(wav, sample_rate), mel_cepstra(rebuilt, sample_rate)
     if wav.shape != rebuilt.shape:
-        import librosa  # here: importing it takes a second
-
-        path = librosa.sequence.dtw(one.T, two.T, backtrack=True)[1]
+        path = compiled_librosa().sequence.dtw(one.T, two.T, backtrack=True)[1]
         one, two = one[path[:, 0]], two[path[:, 1]]
     bands = 80  # the orthonormal transform is sqrt(2 / bands) times the usual sum of cosines
     distance = np.sqrt(((one - two) ** 2).sum(axis=1) * 2 / bands).mean()
@@ -169,12 +167,10 @@ def pitch_error(
     sample_rate: int = 16000,  # Hz
 ) -> PitchError:
     "Root-mean-square F0 error and voicing error, by librosa's pYIN (60 to 500 Hz, every 10 ms)."
-    import librosa  # here: importing it takes a second
-
     tracks = []
     for signal in _same_length(wav, rebuilt):
         size = 4 * sample_rate // 60 // 2 * 2  # four periods of the lowest pitch
-        track, voiced, _ = librosa.pyin(
+        track, voiced, _ = compiled_librosa().pyin(
             signal, fmin=60, fmax=500, sr=sample_rate, frame_length=size,
             hop_length=sample_rate // 100, resolution=0.2,
         )  # fmt: skip

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Scale', 'pick_device', 'processes', 'seed_everything', 'library_versions', 'device_name', 'wait_for_device',
-           'without_tf32', 'Stamp', 'worker_pool', 'require', 'did_you_mean', 'machine_report']
+           'without_tf32', 'compiled_librosa', 'Stamp', 'worker_pool', 'require', 'did_you_mean', 'machine_report']
 
 # %% ../../nbs/foundations/workshop/machine.ipynb #82a68148
+import contextlib
 import datetime
 import difflib
 import enum
@@ -19,12 +20,13 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
 
 # %% ../../nbs/foundations/workshop/machine.ipynb #0b74a600
-from .store import cache_folder
+from .store import cache_folder, may_write
 
 # %% ../../nbs/foundations/workshop/machine.ipynb #a64ae34e
 class Scale(str, enum.Enum):
@@ -124,6 +126,27 @@ def without_tf32():  # a context
     "Convolutions and LSTMs of a GPU in float32 whole: TF32, their default, keeps 10 bits of 23."
     found = torch.backends.cudnn
     return found.flags(found.enabled, found.benchmark, allow_tf32=False)
+
+
+@cache
+def compiled_librosa():  # the module
+    """librosa, with its compiled parts ready.
+
+    numba keeps what it compiles beside librosa's files, and two processes that write there at once leave
+    code that crashes every later one. So one process at a time compiles. Import librosa, and packages
+    that use it, behind this.
+    """
+    from filelock import FileLock
+
+    place = cache_folder("numba")
+    with FileLock(place / "compiling.lock") if may_write(place) else contextlib.nullcontext():
+        import librosa
+
+        noise = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+        librosa.pyin(noise, fmin=60, fmax=500, sr=16000)
+        librosa.sequence.dtw(noise[None, :9], noise[None, :8])
+        librosa.effects.trim(noise)
+    return librosa
 
 
 class Stamp:

@@ -21,7 +21,7 @@ from .audio import SHORTEST
 from .contracts import check_wav, device_of
 from .corpus import Entry
 from .judges import Recognizer, SpeakerEncoder
-from .machine import require
+from .machine import compiled_librosa, require
 from .models import config_type, load_transformers, model_folder
 
 # %% ../../nbs/foundations/workshop/outside_judges.ipynb #bddf5102
@@ -159,6 +159,7 @@ class Resemblyzer(nn.Module):
         if not (importlib.util.find_spec("resemblyzer") and importlib.util.find_spec("webrtcvad")):
             raise ImportError("resemblyzer not installed: pip install webrtcvad-wheels; "
                               "pip install --no-deps Resemblyzer")
+        compiled_librosa()
         import resemblyzer
 
         super().__init__()
@@ -187,6 +188,7 @@ def dnsmos(
         raise ValueError(f"sample_rate is {sample_rate}; DNSMOS needs 16000")
     check_wav(wav, min_samples=SHORTEST)
     require("judges", "speechmos")
+    compiled_librosa()
     from speechmos import dnsmos as package
 
     (row,) = _rows(wav, None)
@@ -196,6 +198,7 @@ def dnsmos(
 @lru_cache(maxsize=1)
 def _visqol_api():
     require("judges", "visqol")
+    compiled_librosa()
     import visqol
 
     api = visqol.VisqolApi()
