@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -16,17 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speechlab.foundations import corpus as C
+from speechlab.foundations import texts as T
 from speechlab.foundations.audio_files import encode_audio, save_wav
 from speechlab.foundations.batches import BucketBatches, SegmentBatches
 from speechlab.foundations.contracts import AudioError
 from speechlab.foundations.corpora import (
     _with_splits,
+    clip_corpus,
     folder_corpus,
     hub_corpus,
+    join_corpora,
     librispeech_corpus,
     ljspeech_corpus,
 )
-from speechlab.foundations.phonemes import ACCENTS
+from speechlab.foundations.phonemes import clean_text
 
 
 def test_phones_tile_every_utterance(corpus):
@@ -38,11 +42,14 @@ def test_phones_tile_every_utterance(corpus):
 
 
 def test_splits_share_no_speaker_and_no_text():
-    for size in ("smoke", "cpu"):
+    for size in C.CORPUS_SIZES:
         plan = C.plan_corpus(size)
         texts = {s: {r.text for _, split, r in plan if split == s} for s in C.SPLITS}
         people = {s: {r.voice.name for _, split, r in plan if split == s} for s in C.SPLITS}
         assert not texts["train"] & (texts["valid"] | texts["test"])
+        assert not texts["valid"] & texts["test"]
+        for place, split in enumerate(C.SPLITS[1:], 1):
+            assert len(texts[split]) == C.CORPUS_SIZES[size][place]
         assert not people["test"] & (people["train"] | people["valid"])
         assert people["valid"] <= people["train"]
 
@@ -50,21 +57,63 @@ def test_splits_share_no_speaker_and_no_text():
 def test_voices_and_accents_are_crossed_evenly():
     plan = [r for _, split, r in C.plan_corpus("cpu") if split == "train"]
     pairs = {(r.voice.name, r.accent) for r in plan}
-    assert len(pairs) == 24 * len(ACCENTS)
+    assert len(pairs) == 24 * len(C.CORPUS_ACCENTS)
     counts = np.unique([r.voice.name for r in plan], return_counts=True)[1]
     assert counts.max() - counts.min() <= 1
     assert len(C.voices(False)) >= 24
     assert len(C.voices(True)) >= 4
 
 
-@given(st.sampled_from(C.SPLITS), st.integers(0, 2**32 - 1))
-def test_any_sentence_is_clean_and_reproducible(split, seed):
-    from speechlab.foundations.phonemes import clean_text
-
-    text = C.make_sentence(split, np.random.default_rng(seed))
-    assert text == C.make_sentence(split, np.random.default_rng(seed))
+@given(st.sampled_from(T.SPLITS), st.integers(0, 2**32 - 1))
+def test_any_frame_is_filled_clean_and_reproducible(split, seed):
+    text = T.frame_sentence(split, np.random.default_rng(seed))
+    assert text == T.frame_sentence(split, np.random.default_rng(seed))
     assert clean_text(text) == text
-    assert "{" not in text
+    assert not set("(|)<>") & set(text)
+    assert 6 <= len(text.split()) <= 18
+
+
+def test_written_sentences():
+    texts = {split: T.written_sentences(split) for split in T.SPLITS}
+    together = [text for some in texts.values() for text in some]
+    assert len(together) == len(set(together)) >= 1500
+    assert len(texts["valid"]) >= 200
+    assert len(texts["test"]) >= 200
+    for text in together:
+        assert clean_text(text) == text
+        assert 6 <= len(text.split()) <= 19
+        assert not any(letter.isdigit() for letter in text)
+        assert text.rstrip('"')[-1] in ".?!"
+        assert text.lstrip('"')[0].isupper()
+    assert len({word for text in together for word in words(text)}) >= 3000
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
+
+
+def test_spelling():
+    """Every word of the sentences and frames is in a list of English words."""
+    known = pytest.importorskip("spellchecker").SpellChecker()
+    rng = np.random.default_rng(0)
+    drawn = [text for split in T.SPLITS for text in T.draw_texts(split, 3000, rng)]
+    found = {word.removesuffix("'s") for text in drawn for word in words(text)}
+    assert found - {"fiance"} == known.known(found - {"fiance"})
+    assert known.unknown({"neighbr", "recieve"})  # it can fail
+
+
+def test_no_near_copies_across_splits():
+    """The same at every size: test texts and the nearest of the other splits."""
+    rng = np.random.default_rng(0)
+    texts = {split: T.draw_texts(split, 2000, rng) for split in T.SPLITS}
+    for split, other in (("test", "train"), ("valid", "train"), ("test", "valid")):
+        assert len(set(texts[split])) == 2000
+        many = [set(words(text)) for text in dict.fromkeys(texts[other])]
+        for text in texts[split][:400] + texts[split][-200:]:
+            mine = set(words(text))
+            assert max(len(mine & its) / len(mine | its) for its in many) < 0.6
+    twin = texts["train"][0].replace(" the ", " a ")
+    assert T.nearest_copy(twin, texts["train"])[0] > 0.6  # a copy would be found
 
 
 def test_the_same_bytes_for_any_number_of_workers(tmp_path, monkeypatch):
@@ -147,7 +196,7 @@ def test_bad_arguments(corpus):
     with pytest.raises(ValueError, match="samples 0 to"):
         corpus.read(0, 0, 10**9)
     with pytest.raises(ValueError, match="split is 'dev'"):
-        C.make_sentence("dev", np.random.default_rng(0))
+        T.draw_texts("dev", 3, np.random.default_rng(0))
     with pytest.raises(ValueError, match="batch_size is 0"):
         SegmentBatches(corpus, 1.0, 0)
     with pytest.raises(ValueError, match="seconds is 0"):
@@ -189,6 +238,28 @@ def test_folder_corpus(tmp_path, corpus):
         folder_corpus(tmp_path, 8000)
     slow = folder_corpus(tmp_path, 8000, resample_to_rate=True)
     assert slow[0].wav.shape[-1] == slow.entries[0].samples == -(-found.entries[0].samples // 2)
+
+
+def test_clips_and_joined_corpora(tmp_path, corpus):
+    for number, utterance in enumerate(corpus[:12]):
+        save_wav(tmp_path / f"{number:02d}-a-{number}.flac", utterance.wav, 16000)
+    whole, cut = clip_corpus(tmp_path), clip_corpus(tmp_path, piece=0.5)
+    assert [e.id for e in whole.entries if e.split == "test"] == ["00-a-0.flac", "10-a-10.flac"]
+    assert [e.id for e in whole.entries if e.split == "valid"] == ["05-a-5.flac"]
+    assert len(whole.speakers) == 12
+    pieces = [i for i, e in enumerate(cut.entries) if e.id.startswith("01-")]
+    assert len(pieces) > 1
+    assert torch.equal(torch.cat([cut[i].wav for i in pieces], -1), corpus[1].wav)
+    assert len({cut.content(cut.entries[i]) for i in pieces}) == len(pieces)
+    both = join_corpora(corpus, pickle.loads(pickle.dumps(cut)))
+    assert len(both) == len(corpus) + len(cut)
+    assert torch.equal(both[len(corpus) + 3].wav, cut[3].wav)
+    assert torch.equal(both.read(0, 5, 90), corpus.read(0, 5, 90))
+    assert both.key() == join_corpora(corpus, cut).key() != join_corpora(cut, corpus).key()
+    with pytest.raises(ValueError, match="one sample rate"):
+        join_corpora(corpus, clip_corpus(tmp_path, 8000))
+    with pytest.raises(ValueError, match="ids must be unique"):
+        join_corpora(corpus, corpus)
 
 
 def test_a_truncated_file_in_a_folder_is_an_error_not_audio(tmp_path, corpus):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB_CORPORA', 'split_of', 'read_text', 'folder_corpus', 'save_corpus', 'ljspeech_corpus', 'librispeech_corpus',
-           'StreamedCorpus', 'hub_corpus']
+           'clip_corpus', 'join_corpora', 'StreamedCorpus', 'hub_corpus']
 
 # %% ../../nbs/foundations/workshop/corpora.ipynb #81d0c83d
 import csv
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import soundfile
@@ -228,6 +229,69 @@ def librispeech_corpus(
         raise AudioError(f"{folder}: no *.trans.txt below it, so this is no LibriSpeech folder")
     entries = _entries(rows, sample_rate, resample_to_rate, check, {}, str(folder))
     return Corpus(_with_splits(entries), _read_file, sample_rate, folder.name, _file_content)
+
+# %% ../../nbs/foundations/workshop/corpora.ipynb #1063df0c
+def clip_corpus(
+    folder: str | os.PathLike,  # holds SPEAKER-name.flac, or another format
+    sample_rate: int = 16000,  # Hz; other rates are converted
+    piece: float | None = None,  # seconds: training recordings are cut into such pieces; None: whole
+) -> Corpus:
+    "Many people, a recording each. Of ten files in sorted order: the first to test, the sixth to valid."
+    found = folder_corpus(folder, sample_rate, True, lambda path: path.name.split("-")[0])
+    entries, kinds = [], {0: "test", 5: "valid"}
+    for place, entry in enumerate(sorted(found.entries, key=lambda entry: entry.id)):
+        split = kinds.get(place % 10, "train")
+        cut = piece is not None and split == "train"
+        count = max(1, round(entry.samples / sample_rate / piece)) if cut else 1
+        edges = [entry.samples * k // count for k in range(count + 1)]
+        for start, stop in pairwise(edges):
+            name = entry.id if count == 1 else f"{entry.id}@{start}"
+            own = {"id": name, "samples": stop - start, "split": split, "source": (entry, start)}
+            entries.append(replace(entry, **own))
+    return Corpus(entries, _read_piece, sample_rate, found.name, _piece_content)
+
+
+def _read_piece(entry: Entry, start: int, stop: int) -> Tensor:
+    whole, offset = entry.source
+    return _read_file(whole, offset + start, offset + stop)
+
+
+def _piece_content(entry: Entry) -> str:
+    whole, offset = entry.source
+    return f"{_file_content(whole)}@{offset}+{entry.samples}"
+
+
+@dataclass
+class _JoinedReader:
+    "Reads an entry of any of the parts; a class, so that it can be sent to loader processes."
+
+    parts: tuple[Corpus, ...]
+
+    def content(self, entry: Entry) -> str:
+        "The digest that the part gives."
+        part, own = entry.source
+        return self.parts[part].content(own)
+
+    def __call__(self, entry: Entry, start: int, stop: int) -> Tensor:
+        part, own = entry.source
+        return self.parts[part]._read(own, start, stop)
+
+
+def join_corpora(
+    *parts: Corpus,  # of one sample rate; their columns are left behind
+) -> Corpus:
+    "One corpus of several, in their order. Names of utterances must differ."
+    rates = {part.sample_rate for part in parts}
+    if len(rates) != 1:
+        raise ValueError(f"parts have {sorted(rates)} Hz; a corpus has one sample rate")
+    entries = [
+        replace(entry, source=(place, entry))
+        for place, part in enumerate(parts)
+        for entry in part.entries
+    ]
+    read = _JoinedReader(parts)
+    name = " + ".join(part.name for part in parts)
+    return Corpus(entries, read, parts[0].sample_rate, name, read.content)
 
 # %% ../../nbs/foundations/workshop/corpora.ipynb #6e7b68a9
 HUB_CORPORA = {  # name -> arguments of datasets.load_dataset, and the columns' names

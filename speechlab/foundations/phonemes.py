@@ -38,6 +38,7 @@ class Voice:
     name: str = "plain"
     pitch: tuple[int, int] = (82, 118)  # Hz at the bottom and top of the intonation
     formants: tuple[int, ...] = (100,) * 5  # frequency of formants 1 to 5, in percent
+    heights: tuple[int, ...] = (100,) * 5  # strength of formants 1 to 5, in percent: the timbre
     breath: int = 0  # breath noise mixed into each formant, 0 to 10
     roughness: int = 0  # irregular glottal pulses, 0 to 7
     rate: int = 165  # words per minute
@@ -45,7 +46,8 @@ class Voice:
     def definition(self, accent_text: str) -> str:
         "The text of an espeak-ng voice file: the accent, then this vocal tract."
         lines = [f"pitch {self.pitch[0]} {self.pitch[1]}", f"roughness {self.roughness}"]
-        lines += [f"formant {i} {f} 100 100" for i, f in enumerate(self.formants, 1)]
+        resonances = enumerate(zip(self.formants, self.heights), 1)
+        lines += [f"formant {i} {f} {height} 100" for i, (f, height) in resonances]
         if self.breath:
             lines.append("breath " + " ".join([str(self.breath)] * 8))
         return accent_text + "\n" + "\n".join(lines) + "\n"

@@ -23,8 +23,10 @@ from torch import nn
 
 # %% ../../nbs/foundations/workshop/recipes.ipynb #8465e370
 from speechlab.foundations.corpora import (
+    clip_corpus,
     folder_corpus,
     hub_corpus,
+    join_corpora,
     librispeech_corpus,
     ljspeech_corpus,
 )
@@ -49,10 +51,17 @@ class Source:
     size: Literal["smoke", "cpu", "gpu"] = "cpu"  # of the embedded and the music corpus
     place: str = ""  # the folder, or the hub id
     split: str = "train"  # of a hub corpus
+    clips: str = ""  # a folder of recordings that are mixed in, as `clip_corpus` reads them
     sample_rate: int = 16000  # Hz; other rates are converted
 
     def open(self) -> Corpus:
         "The corpus. Recordings of your own need a `place`."
+        found = self._main()
+        if self.clips:  # pieces as long as the embedded corpus's sentences
+            found = join_corpora(found, clip_corpus(self.clips, self.sample_rate, piece=2.0))
+        return found
+
+    def _main(self) -> Corpus:
         if self.kind == "embedded":
             return embedded_corpus(self.size, self.sample_rate)
         if self.kind == "music":
@@ -71,7 +80,7 @@ class Source:
     @property
     def synthetic(self) -> bool:
         "Whether no human speech is in it."
-        return self.kind in ("embedded", "music")
+        return self.kind in ("embedded", "music") and not self.clips
 
 
 @dataclass(frozen=True)

@@ -199,9 +199,14 @@ class CodecRecipe(Recipe):
     def measure(self, model: SpeechTokenizer, corpus: Corpus) -> dict:
         "Phones in the codes, mel distance and phone error rate, on the test split."
         test, judge = corpus.split("test"), None
+        spoken = test.filter(lambda entry: bool(entry.phones))
         if self.data.kind == "embedded":
             judge = Recognizer.load("phone-recognizer", model.device)
-        return tokenizer_report(model, test, phone_symbols(corpus), judge)
+        report = tokenizer_report(model, spoken or test, phone_symbols(corpus), judge)
+        if 0 < len(spoken) < len(test):  # recordings are mixed in
+            clips = test.filter(lambda entry: not entry.phones)
+            report["clips"] = tokenizer_report(model, clips, [])["mel_distance"]
+        return report
 
     def describe(self, model: SpeechTokenizer, report: dict) -> str:
         "What it is, how it was taught, and its measures by levels."
@@ -291,7 +296,11 @@ def tokenizer_text(
     rows = [("recordings", 0, f"{errors['original']:.1%}")] if errors else []
     for n, distance in report.get("mel_distance", {}).items():
         rows.append((n, f"{distance:.3f}", f"{errors[str(n)]:.1%}" if errors else "not measured"))
-    lines += [markdown_table(("levels decoded", "mel distance", "phone error rate"), rows), ""]
+    heads = ["levels decoded", "mel distance", "phone error rate"]
+    if clips := {str(k): v for k, v in report.get("clips", {}).items()}:
+        rows = [(*row, f"{clips[str(row[0])]:.3f}" if str(row[0]) in clips else 0) for row in rows]
+        heads.append("mel distance of recordings")
+    lines += [markdown_table(heads, rows), ""]
     rows = [
         (n, f"{row['purity']:.3f}", f"{row['pnmi']:.3f}", row["codes_used"])
         for n in (1, 2) if (row := report.get(f"level_{n}"))

@@ -60,7 +60,8 @@ def units_table(
     hubert: nn.Module, corpus: Corpus, seed: int = 0
 ) -> dict:  # features -> purity, PNMI
     "How well k-means units of each layer follow the phones of the test split."
-    part, test, symbols = corpus.split("train")[:200], corpus.split("test"), phone_symbols(corpus)
+    part, symbols = corpus.split("train")[:200], phone_symbols(corpus)
+    test = corpus.split("test").filter(lambda entry: bool(entry.phones))
     makers = {"MFCC": MFCC(), "untrained, average": Teacher.untrained()}
     layers = [*range(1, hubert.config.num_hidden_layers + 1), "average"]
     makers |= {f"layer {layer}": Teacher(hubert, layer) for layer in layers}
@@ -88,7 +89,8 @@ class HubertRecipe(Recipe):
     def columns(self, corpus: Corpus) -> Corpus:
         "Adds the targets; at 16 kHz, whatever the corpus has."
         corpus = at_rate(corpus, TEACHER_RATE)
-        part = corpus.split("train")[:300]
+        train = corpus.split("train")
+        part = train[:: -(-len(train) // 300)]  # of all sources
         units = Units.fit(MFCC(corpus.sample_rate), part, self.clusters, self.loop.seed)
         return with_column(corpus, features_column("units", units, TEACHER_HOP, dtype="int16"))
 
