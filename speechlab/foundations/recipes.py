@@ -52,6 +52,7 @@ class Source:
     place: str = ""  # the folder, or the hub id
     split: str = "train"  # of a hub corpus
     clips: str = ""  # a folder of recordings that are mixed in, as `clip_corpus` reads them
+    credit: str = ""  # whose recordings they are, and the licence: the card says so
     sample_rate: int = 16000  # Hz; other rates are converted
 
     def open(self) -> Corpus:
@@ -296,6 +297,8 @@ def model_card(name: str, recipe: Recipe, model: nn.Module, report: dict) -> str
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     if recipe.data.synthetic:
         lines += ["", "Everything it has heard is synthetic: real recordings come out worse."]
+    if recipe.data.credit:
+        lines += ["", f"It learned from recordings of {recipe.data.credit}."]
     code = ["```python", "from speechlab import load", "", f'model = load("{name}")', "```"]
     lines += ["", *code, "", "The model's settings are in `config.json`."]
     return "\n".join(lines)
