@@ -94,6 +94,7 @@ def reproduce_study(
 ) -> None:
     "Run a study of the course, or go on with it, and write its report. No name: list them."
     from speechlab.studies import (
+        corpus_heard,
         distillation_settings,
         real_speech,
         study,
@@ -103,7 +104,7 @@ def reproduce_study(
 
     if name:
         return print(f"wrote {study.reproduce(name, scale, folder, out)}")
-    modules = (whisper_gpt, distillation_settings, token_benchmark, real_speech)
+    modules = (whisper_gpt, distillation_settings, token_benchmark, real_speech, corpus_heard)
     print(f"{len(study.STUDIES)} studies in {', '.join(m.__name__ for m in modules)}")
     for one in study.STUDIES.values():
         print(f"  {one.name:14} {one.claim}")

@@ -234,9 +234,9 @@ def librispeech_corpus(
 def clip_corpus(
     folder: str | os.PathLike,  # holds SPEAKER-name.flac, or another format
     sample_rate: int = 16000,  # Hz; other rates are converted
-    piece: float | None = None,  # seconds: training recordings are cut into such pieces; None: whole
+    piece: float | None = None,  # seconds of the pieces that training recordings are cut into
 ) -> Corpus:
-    "Many people, a recording each. Of ten files in sorted order: the first to test, the sixth to valid."
+    "Many people, a recording each. Of ten files, sorted: the first to test, the sixth to valid."
     found = folder_corpus(folder, sample_rate, True, lambda path: path.name.split("-")[0])
     entries, kinds = [], {0: "test", 5: "valid"}
     for place, entry in enumerate(sorted(found.entries, key=lambda entry: entry.id)):

@@ -132,9 +132,9 @@ def without_tf32():  # a context
 def compiled_librosa():  # the module
     """librosa, with its compiled parts ready.
 
-    numba keeps what it compiles beside librosa's files, and two processes that write there at once leave
-    code that crashes every later one. So one process at a time compiles. Import librosa, and packages
-    that use it, behind this.
+    numba keeps what it compiles beside librosa's files, and two processes that write there at once
+    leave code that crashes every later one. So one process at a time compiles. Import librosa, and
+    packages that use it, behind this.
     """
     from filelock import FileLock
 

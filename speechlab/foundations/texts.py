@@ -68,7 +68,7 @@ def draw_texts(
     count: int,
     rng: np.random.Generator,
 ) -> list[str]:
-    "Texts for `count` utterances: every written sentence once, then more. Outside train, no repeats."
+    "Texts for `count` utterances: the written sentences, then more. Outside train, no repeats."
     written = written_sentences(split)
     found = [written[place] for place in rng.permutation(len(written))][:count]
     used = set(found)
@@ -85,7 +85,7 @@ def word_overlap(
     one: str,
     other: str,
 ) -> float:  # 0 to 1
-    "Shared words over all words of two texts (Jaccard); 1 for the same words in any order."
+    "Shared words over all words of two texts (Jaccard); 1 for the same words in another order."
     a, b = (set(re.findall(r"[a-z']+", text.lower())) for text in (one, other))
     return len(a & b) / len(a | b)
 
