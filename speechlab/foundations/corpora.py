@@ -118,8 +118,8 @@ def read_text(path: Path) -> str:
 
 
 def _text_of(path: Path) -> str | None:
-    "The transcript beside a recording: name.normalized.txt (as LibriTTS has it), or name.txt."
-    for ending in (".normalized.txt", ".txt"):
+    "The transcript beside a recording: name.normalized.txt, name.original.txt (LibriTTS), name.txt."
+    for ending in (".normalized.txt", ".original.txt", ".txt"):
         if (beside := path.with_suffix(ending)).is_file():
             return read_text(beside)
     return None

@@ -49,6 +49,8 @@ class Source:
 
     kind: Literal["embedded", "music", "folder", "librispeech", "ljspeech", "hub"] = "embedded"
     size: Literal["smoke", "cpu", "gpu"] = "cpu"  # of the embedded and the music corpus
+    engine: Literal["espeak", "piper"] = "espeak"  # that speaks the embedded corpus
+    voice: str = ""  # a Piper voice file; left out: the one of the extra `natural`
     place: str = ""  # the folder, or the hub id
     split: str = "train"  # of a hub corpus
     clips: str = ""  # a folder of recordings that are mixed in, as `clip_corpus` reads them
@@ -64,7 +66,8 @@ class Source:
 
     def _main(self) -> Corpus:
         if self.kind == "embedded":
-            return embedded_corpus(self.size, self.sample_rate)
+            chosen = {"engine": self.engine, "voice": self.voice}
+            return embedded_corpus(self.size, self.sample_rate, **chosen)
         if self.kind == "music":
             return music_corpus(self.size, self.sample_rate)
         if not self.place:
