@@ -199,7 +199,7 @@ def plain(name: str, model, n: int, steps: int, seed: int) -> list[int]:
                 score[i] = p[x[i]]
             elif name in ("metis", "maskgct"):
                 t, top = 1 - j / steps, only_top(logits[i], math.ceil(0.02 * VOCABULARY))
-                warmth = 0.2 if steps == 1 else t
+                warmth = 0.2 if steps == 1 else 0.9 * t
                 x[i] = (
                     top.argmax()
                     if last and steps > 1
