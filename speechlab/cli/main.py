@@ -70,7 +70,7 @@ def corpus_build(
     sample_rate: int = 16000,  # Hz
     workers: int | None = None,  # processes; one per core if left out; changes no byte
     export: Path | None = None,  # also write FLAC files and transcripts into this folder
-    engine: Literal["espeak", "piper"] = "espeak",  # piper: a natural voice; see foundations.natural
+    engine: Literal["espeak", "piper"] = "espeak",  # piper: a natural voice
     voice: str = "",  # piper: the voice file; left out: the one of the extra `natural`
 ) -> None:
     "Make the embedded corpus, or check and open the cached one."

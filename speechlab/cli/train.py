@@ -6,6 +6,7 @@
 __all__ = ['recipes', 'chosen', 'parse_run', 'train', 'reproduce_study']
 
 # %% ../../nbs/cli/train.ipynb #47abd9db
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -84,7 +85,8 @@ def train(arguments: list[str]) -> None:
         preset, rest = chosen(rest[0], presets, f"preset of {name}"), rest[1:]
     recipe = presets[preset if preset in presets else "gpu"]
     recipe, out, until = parse_run(recipe, rest, f"speechlab train {name} {preset}")
-    run = run_recipe(recipe, out, until)
+    command = shlex.join(["speechlab", "train", *arguments])
+    run = run_recipe(recipe, out, until, command=command)
     print((out / "README.md").read_text() if run.report else f"stopped at step {until}")
     print(f"wrote {out}" if run.report else f"the run is in {out / 'run'}")
 

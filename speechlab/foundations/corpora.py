@@ -118,7 +118,7 @@ def read_text(path: Path) -> str:
 
 
 def _text_of(path: Path) -> str | None:
-    "The transcript beside a recording: name.normalized.txt, name.original.txt (LibriTTS), name.txt."
+    "The transcript beside a recording: name.normalized.txt, .original.txt (LibriTTS), or .txt."
     for ending in (".normalized.txt", ".original.txt", ".txt"):
         if (beside := path.with_suffix(ending)).is_file():
             return read_text(beside)

@@ -97,11 +97,14 @@ def phones_of(
             phones.append(Phone(ipa, start, end, stress))
         start, stress = end, 0
 
+    def completes(symbol: str) -> bool:
+        return bool(phones) and phones[-1].ipa + symbol in _LONG
+
     for symbol, samples in symbols:
         place += int(samples)
         if symbol in _STRESS:
             stress = _STRESS[symbol]
-        elif symbol == " " or (symbol in "ːˑ̩" and not (phones and phones[-1].ipa + symbol in _LONG)):
+        elif symbol == " " or (symbol in "ːˑ̩ʲ" and not completes(symbol)):
             if phones:
                 phones[-1] = Phone(*_until(phones[-1], place))
             start, fresh = place, symbol == " " or fresh

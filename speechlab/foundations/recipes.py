@@ -240,6 +240,7 @@ def run_recipe(
     folder: str | os.PathLike,  # gets the model; its run/ holds checkpoints, so runs resume
     until: int | None = None,  # stop after this step; None: go through, measure and publish
     corpus: Corpus | None = None,  # instead of what `recipe.data` names
+    command: str = "",  # that makes it, for the card
 ) -> Run:
     "Train, or go on where a run stopped; then measure and publish."
     folder = Path(folder)
@@ -260,7 +261,8 @@ def run_recipe(
         shipped = rounded(made) if isinstance(made, Model) else made
         measured = recipe.measure(shipped.to(pick_device()), corpus)
         shipped = shipped.cpu()
-        report = measured | {"facts": run_facts(recipe, corpus, trainer)}
+        facts = {"made by": f"`{command}`"} if command else {}
+        report = measured | {"facts": facts | run_facts(recipe, corpus, trainer)}
         publish(made, folder, model_card(folder.name, recipe, shipped, report), report)
         return Run(shipped, history, report)
 

@@ -69,9 +69,9 @@ class MaskedLM(Model):
         self.time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, steer))
         self.body = Transformer(config.body)
         self.out = nn.Linear(dim, config.vocabulary)
-        for weight in (self.tokens.weight, self.out.weight, self.time[0].weight, self.time[2].weight):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.tokens.weight, std=0.02)
         for layer in (self.out, self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     @property
@@ -180,7 +180,8 @@ def write(
     def tokens_to_logits(asked: Asked) -> Tensor:
         seen, own = valid[asked.rows], None if frames is None else frames[asked.rows]
         exact = torch.promote_types(model.out.weight.dtype, torch.float32)
-        time = torch.full((len(asked.rows),), asked.moment.before, dtype=exact, device=tokens.device)
+        like = {"dtype": exact, "device": tokens.device}
+        time = torch.full((len(asked.rows),), asked.moment.before, **like)
         if not (scale := guidance.at(asked.moment)):
             found = model.hidden(asked.tokens, time, seen, own)
         else:
@@ -254,7 +255,8 @@ def from_amphion(
 
     def norm(mine: str, theirs: str) -> None:
         weight, bias = take(f"{theirs}.to_weight.weight", f"{theirs}.to_weight.bias")
-        made[f"{mine}.steer.weight"], made[f"{mine}.steer.bias"] = weight, bias - 1  # ours: 1 + scale
+        made[f"{mine}.steer.weight"] = weight
+        made[f"{mine}.steer.bias"] = bias - 1  # ours is 1 + scale
 
     for index in range(layers):
         mine, theirs = f"body.blocks.{index}", f"diff_estimator.layers.{index}"

@@ -177,7 +177,7 @@ class Levels(Mask):
 
     def draw(self, valid: Tensor, generator: torch.Generator | None) -> Tensor:
         if valid.dim() != 3 or not all(0 <= level < valid.shape[1] for level in self.levels):
-            raise ValueError(f"levels {list(self.levels)} of {describe(valid)}; (B, Q, n) is wanted")
+            raise ValueError(f"levels {list(self.levels)} of {describe(valid)}; (B, Q, n) wanted")
         found = torch.zeros_like(valid)
         found[:, list(self.levels)] = True
         return found

@@ -111,8 +111,9 @@ class SSLTokensRecipe(Recipe):
         "What it reads and what its tokens hold."
         layer = f"layer {model.config.layer}" if model.config.layer else "average of all layers"
         rows = [(name, value) for name, value in report.items() if name != "facts"]
-        return (f"Tokens of `{model.config.teacher}`, {layer}: 50 a second, {model.config.vocabulary} "
-                f"codes.\n\n{markdown_table(('test split', ''), rows)}")
+        what = f"Tokens of `{model.config.teacher}`, {layer}: 50 a second, "
+        table = markdown_table(("test split", ""), rows)
+        return f"{what}{model.config.vocabulary} codes.\n\n{table}"
 
 # %% ../../nbs/metis/workshop/metis_training.ipynb #42bbba59
 class Filler(nn.Module):

@@ -47,9 +47,10 @@ def _heard(corpus: Corpus, process: Callable | None, recognizer) -> dict:
 def _voices(few: bool, recognizer) -> dict[str, float]:
     "Word error of 40 training sentences: the plain voice, changed in one way, and in each accent."
     plain = Voice(rate=145)
-    changes = {"pitch 180 to 260 Hz": {"pitch": (180, 260)}, "pitch 70 to 95 Hz": {"pitch": (70, 95)}}
+    changes = {f"pitch {a} to {b} Hz": {"pitch": (a, b)} for a, b in ((180, 260), (70, 95))}
     changes |= {f"formants {f} %": {"formants": (f,) * 5} for f in (88, 92, 96, 104, 108, 112)}
-    changes |= {"breath 2": {"breath": 2}, "roughness 3": {"roughness": 3}, "rate 170": {"rate": 170}}
+    others = (("breath", 2), ("roughness", 3), ("rate", 170))
+    changes |= {f"{name} {value}": {name: value} for name, value in others}
     asked = {name: (replace(plain, **change), "us") for name, change in changes.items()}
     asked |= {f"accent {accent}": (plain, accent) for accent in ACCENTS}
     texts = written_sentences("train")[:: len(written_sentences("train")) // 40][: 2 if few else 40]
@@ -79,7 +80,8 @@ def corpus_heard(scale: Scale, ask: Ask) -> dict:
         settings = about | {"split": "test", "through": name, "mark": codec.spec.fingerprint}
         rows.append(ask(settings, lambda c=codec, t=test: _heard(t, resynthesis(c), judge)))
     stats = {split: corpus.split(split).stats() for split in SPLITS}
-    return {"stats": stats, "rows": rows, "voices": ask({"voices": few}, lambda: _voices(few, judge))}
+    tried = ask({"voices": few}, lambda: {"found": _voices(few, judge)})
+    return {"stats": stats, "rows": rows, "voices": tried["found"]}
 
 
 def corpus_table(report: dict) -> str:
