@@ -7,18 +7,21 @@ __all__ = ['SHIPPED_CODECS', 'real_corpora', 'real_speech', 'real_speech_table']
 
 # %% ../../nbs/studies/real_speech.ipynb #6e3ae34e
 import os
+from functools import cache, partial
 from pathlib import Path
 
 # %% ../../nbs/studies/real_speech.ipynb #5075b78b
+from ..foundations.contracts import Codec
 from ..foundations.corpora import folder_corpus, ljspeech_corpus
 from ..foundations.corpus import Corpus
+from ..foundations.evaluation import evaluate
 from ..foundations.machine import Scale
 from ..foundations.outside_judges import load_recognizer, load_speaker_encoder
 from ..foundations.recipes import markdown_table
 from ..foundations.statistics import Estimate
 from .study import Ask, study
 from ..tokenizer.codecs import load_codec
-from ..tokenizer.comparison import compare_codecs
+from ..tokenizer.comparison import resynthesis, with_heard_texts
 
 # %% ../../nbs/studies/real_speech.ipynb #bafb4102
 SHIPPED_CODECS = ("speechtokenizer-small", "encodec-small", "small-causal")
@@ -41,22 +44,25 @@ def real_corpora(few: bool = False) -> dict[str, Corpus]:
     return {"LJ Speech": read[: 2 if few else 8], "LibriSpeech": unseen}
 
 
-@study("real_speech", "What codecs that heard espeak only leave of human speech.")
+@study("real_speech", "What the shipped codecs leave of human speech.")
 def real_speech(scale: Scale, ask: Ask) -> dict:
     "Recordings and three codecs, on two sets, by four judges from outside."
     few, rows = str(scale) == "smoke", []
     codecs = {name: load_codec(name) for name in SHIPPED_CODECS[: 1 if few else None]}
-    marks = {name: codec.spec.fingerprint for name, codec in codecs.items()}
     judges = load_recognizer("faster-whisper"), load_speaker_encoder("resemblyzer")
     for title, corpus in real_corpora(few).items():
+        heard = cache(partial(with_heard_texts, corpus, judges[0]))  # once, if anything is asked
 
-        def work(corpus=corpus) -> dict:
-            reports = compare_codecs(codecs, corpus, *judges)
-            return {"found": {title: {name: list(e) for name, e in report.estimates.items()}
-                              for title, report in reports.items()}}  # fmt: skip
+        def work(codec: Codec | None, heard=heard) -> dict:
+            process = codec and resynthesis(codec, None, heard().sample_rate)
+            report = evaluate(heard(), process, *judges, ("DNSMOS", "ViSQOL", "mel distance"))
+            return {"found": {name: list(e) for name, e in report.estimates.items()}}
 
-        about = {"corpus": title, "recordings_key": corpus.key(), "fingerprints": marks}
-        rows.append(ask(about, work))
+        about, found = {"corpus": title, "recordings_key": corpus.key()}, {}
+        for name, codec in {"recordings": None, **codecs}.items():
+            settings = about | {"through": name, "mark": codec and codec.spec.fingerprint}
+            found[name] = ask(settings, partial(work, codec))["found"]
+        rows.append(about | {"found": found})
     return {"rows": rows}
 
 
