@@ -53,10 +53,12 @@ __all__ = ["__version__", "load", *sorted(_HOMES)]
 MODEL_HOMES = {
     "gpt": ("lm.gpt", "GPT"),
     "hybrid-gpt": ("lm.hybrid", "HybridGPT"),
+    "masked-lm": ("metis.masked_lm", "MaskedLM"),
     "onnx-codec": ("tokenizer.export", "OnnxTokenizer"),
     "recognizer": ("foundations.judges", "Recognizer"),
     "residual-vq": ("tokenizer.rvq", "ResidualVQ"),
     "speaker-encoder": ("foundations.judges", "SpeakerEncoder"),
+    "ssl-tokens": ("metis.ssl_tokens", "SSLTokenizer"),
     "speech-tokenizer": ("tokenizer.speech_tokenizer", "SpeechTokenizer"),
 }
 MODEL_HOMES |= dict.fromkeys(

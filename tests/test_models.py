@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from speechlab.foundations.models import (
 from speechlab.foundations.transformer import TransformerConfig
 from speechlab.lm.gpt import GPT, GPTConfig
 from speechlab.lm.hybrid import HybridConfig, HybridGPT
+from speechlab.metis.masked_lm import MaskedLM, MaskedLMConfig
+from speechlab.metis.ssl_tokens import SSLTokenizer, SSLTokensConfig
 from speechlab.tokenizer.export import OnnxTokenizer, export_onnx
 from speechlab.tokenizer.frame_codec import FrameCodecConfig
 from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig
@@ -53,6 +56,8 @@ MADE = {  # a small one of each class, and a nested key of its config
         lambda: SpeechTokenizer(SpeechTokenizerConfig(SEANET, RVQ, 4)),
         "rvq",
     ),
+    "ssl-tokens": (lambda: SSLTokenizer(SSLTokensConfig(4, 8, width=8, blocks=1)), None),
+    "masked-lm": (lambda: MaskedLM(MaskedLMConfig(9, replace(BODY, condition_dim=8))), "body"),
 }
 each = pytest.mark.parametrize("name", MADE)
 

@@ -37,7 +37,7 @@ def trained(steps: int = 30) -> SSLTokenizer:
 
 def test_codes_have_length_one_and_the_nearest_by_angle_is_taken():
     model, features = trained(), torch.randn(2, 12, 40)
-    book = model.quantizer.levels[0].embed
+    book = model.bottleneck.levels[0].embed
     torch.testing.assert_close(book.norm(dim=1), torch.ones(16))
     z = model._codes_of(model.normalised(features), None)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(2, 40))

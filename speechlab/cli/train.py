@@ -23,7 +23,6 @@ def recipes() -> dict[str, dict]:  # name -> preset -> Recipe
     from speechlab.foundations.judge_training import RECOGNIZER_RECIPES, SPEAKER_RECIPES
     from speechlab.lm.gpt_training import GPT_RECIPES
     from speechlab.lm.hybrid import HYBRID_RECIPES
-    from speechlab.metis.metis_training import MASKED_LM_RECIPES, SSL_TOKENS_RECIPES
     from speechlab.tokenizer.codec_training import CODEC_RECIPES
     from speechlab.tokenizer.teacher_training import FINETUNE_RECIPES, HUBERT_RECIPES
 
@@ -35,8 +34,6 @@ def recipes() -> dict[str, dict]:  # name -> preset -> Recipe
         "speaker": SPEAKER_RECIPES,
         "gpt": GPT_RECIPES,
         "hybrid": HYBRID_RECIPES,
-        "ssl-tokens": SSL_TOKENS_RECIPES,
-        "metis": MASKED_LM_RECIPES,
     }
 
 

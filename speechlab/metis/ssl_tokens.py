@@ -66,7 +66,7 @@ class SSLTokenizer(Model):
         self.enter = nn.Conv1d(config.features, width, 7, padding=3)
         self.down = nn.ModuleList(ConvNeXtBlock(width, 3, 7, False) for _ in range(config.blocks))
         self.to_code = nn.Conv1d(width, config.code_dim, 1)
-        self.quantizer = ResidualVQ(RVQConfig(config.code_dim, 1, config.vocabulary))
+        self.bottleneck = ResidualVQ(RVQConfig(config.code_dim, 1, config.vocabulary))
         self.from_code = nn.Conv1d(config.code_dim, width, 7, padding=3)
         self.up = nn.ModuleList(ConvNeXtBlock(width, 3, 7, False) for _ in range(config.blocks))
         self.leave = nn.Conv1d(width, config.features, 1)
@@ -113,10 +113,10 @@ class SSLTokenizer(Model):
         self._check(features)
         normal = self.normalised(features)
         z = self._codes_of(normal, mask)
-        found = self.quantizer(z, mask=mask)
+        found = self.bottleneck(z, mask=mask)
         if self.training:  # the averages leave the sphere
             with torch.no_grad():
-                level = self.quantizer.levels[0]
+                level = self.bottleneck.levels[0]
                 level.embed.copy_(F.normalize(level.embed, dim=1))
         rebuilt = self._features_of(found.quantized, mask)
         error = (rebuilt - normal).square().mean(dim=1)
@@ -134,7 +134,7 @@ class SSLTokenizer(Model):
         "Tokens."
         self._check(features)
         z = self._codes_of(self.normalised(features), mask)
-        return self.quantizer.encode(z, mask=mask)[:, 0]
+        return self.bottleneck.encode(z, mask=mask)[:, 0]
 
     @torch.no_grad()
     def decode(
@@ -142,5 +142,5 @@ class SSLTokenizer(Model):
         tokens: Tensor,  # (B, n)
     ) -> Tensor:  # (B, S, n), as the teacher gives them
         "Features."
-        vectors = self.quantizer.decode(tokens.unsqueeze(1))
+        vectors = self.bottleneck.decode(tokens.unsqueeze(1))
         return self._features_of(vectors, None) * self.std + self.mean
