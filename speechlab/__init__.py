@@ -51,6 +51,7 @@ __all__ = ["__version__", "load", *sorted(_HOMES)]
 
 # model_type in config.json -> the class that reads it
 MODEL_HOMES = {
+    "acoustic-decoder": ("metis.acoustic", "AcousticDecoder"),
     "gpt": ("lm.gpt", "GPT"),
     "hybrid-gpt": ("lm.hybrid", "HybridGPT"),
     "masked-lm": ("metis.masked_lm", "MaskedLM"),

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speechlab.foundations.contracts import CodeSpec
 from speechlab.foundations.models import ModelError
 from speechlab.foundations.sampling import row_generators
 from speechlab.foundations.transformer import TransformerConfig
+from speechlab.metis.amphion import from_amphion
 from speechlab.metis.decoding import PRESETS, Guidance
 from speechlab.metis.masked_lm import (
     MaskedLM,
     MaskedLMConfig,
     Masking,
-    from_amphion,
     go_on,
     masked_lm_loss,
     time_features,
@@ -30,7 +31,7 @@ from speechlab.metis.schedules import SCHEDULES
 VOCABULARY = 60
 BODY = TransformerConfig(16, 2, 2, ffn_dim=24, epsilon=1e-6, condition_dim=16,
                          condition_shift=False, context=128)  # fmt: skip
-CONFIG = MaskedLMConfig(VOCABULARY, BODY)
+CONFIG = MaskedLMConfig(CodeSpec(VOCABULARY, 1), BODY)
 
 
 def loud(model, seed: int = 0):
@@ -121,8 +122,8 @@ def test_amphions_layout_and_a_float64_loop(t):
     logits = wanted @ state["to_logit.weight"].T + state["to_logit.bias"]
     torch.testing.assert_close(model(tokens.unsqueeze(0), torch.tensor([t]).double())[0], logits,
                                atol=1e-4, rtol=1e-4)  # fmt: skip
-    clock = model.time(time_features(torch.tensor([t]), 16).double())
-    causal = model.body(model.tokens(tokens)[None], causal=True, condition=clock)
+    clock = model.stack.time(time_features(torch.tensor([t]), 16).double())
+    causal = model.stack.body(model.tokens(tokens)[None], causal=True, condition=clock)
     assert (causal[0] - wanted).abs().max() > 1e-2  # the test would notice a causal mask
 
 
@@ -183,7 +184,7 @@ def test_frames_are_added():
 def test_masks_of_the_loss(lengths, seed, schedule):
     valid = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     masking = Masking(schedule)
-    t, mask = masking.draw(valid, torch.Generator().manual_seed(seed))
+    t, mask, _ = masking.draw(valid, torch.Generator().manual_seed(seed))
     assert ((t > 0) & (t < 1)).all()
     assert not (mask & ~valid).any()
     assert mask.any(dim=1).all()
@@ -191,17 +192,17 @@ def test_masks_of_the_loss(lengths, seed, schedule):
 
 def test_shares_and_prompts_are_as_published():
     valid = torch.ones(6000, 100, dtype=torch.bool)
-    _, mask = Masking(prompt=0.0, least=0.0).draw(valid, torch.Generator().manual_seed(0))
+    _, mask, _ = Masking(prompt=0.0, least=0.0).draw(valid, torch.Generator().manual_seed(0))
     assert abs(mask.float().mean() - 2 / math.pi) < 0.01  # the mean of sin(pi t / 2)
-    _, mask = Masking(prompt=0.0, least=0.2).draw(valid, torch.Generator().manual_seed(0))
+    _, mask, _ = Masking(prompt=0.0, least=0.2).draw(valid, torch.Generator().manual_seed(0))
     assert mask.float().mean(1).min() > 0.05
-    _, mask = Masking(prompt=1.0, least=1.0).draw(valid, torch.Generator().manual_seed(0))
+    _, mask, _ = Masking(prompt=1.0, least=1.0).draw(valid, torch.Generator().manual_seed(0))
     kept = (~mask).sum(1)
     assert (mask.long().diff(dim=1) >= 0).all()  # the first are kept, the others hidden
     assert kept.min() == 0
     assert kept.max() == 40
     assert abs(kept.float().mean() - 20) < 0.6  # even from 0 to 40
-    _, mask = Masking(prompt=0.8, least=1.0).draw(valid, torch.Generator().manual_seed(0))
+    _, mask, _ = Masking(prompt=0.8, least=1.0).draw(valid, torch.Generator().manual_seed(0))
     assert abs(((~mask).sum(1) == 0).float().mean() - (0.2 + 0.8 / 41)) < 0.02  # a coin a row
 
 
@@ -211,7 +212,7 @@ def test_the_loss_is_the_mean_nll_of_hidden_tokens():
     valid = torch.arange(12) < torch.tensor([[12], [7], [9]])
     loss, metrics = masked_lm_loss(model, tokens, valid, Masking(), model.mask_id,
                                    torch.Generator().manual_seed(4))  # fmt: skip
-    t, mask = Masking().draw(valid, torch.Generator().manual_seed(4))
+    t, mask, _ = Masking().draw(valid, torch.Generator().manual_seed(4))
     total = count = right = 0
     for row in range(3):
         n = int(valid[row].sum())
@@ -343,7 +344,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match="mask hides nothing"):
         write(model, prompt[None], torch.zeros(1, 5).bool(), rule, 2)
     with pytest.raises(ValueError, match="no condition_dim"):
-        MaskedLMConfig(9, replace(BODY, condition_dim=None))
+        MaskedLM(MaskedLMConfig(CodeSpec(9, 1), replace(BODY, condition_dim=None)))
+    with pytest.raises(ValueError, match="tokens have 2 levels"):
+        MaskedLMConfig(CodeSpec(9, 2))
     with pytest.raises(ValueError, match="schedule is 'arctan'"):
         Masking("arctan")
     with pytest.raises(ValueError, match="least is 2"):

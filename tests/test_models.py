@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import speechlab
+from speechlab.foundations.contracts import CodeSpec
 from speechlab.foundations.judges import (
     Recognizer,
     RecognizerConfig,
@@ -29,6 +30,7 @@ from speechlab.foundations.models import (
 from speechlab.foundations.transformer import TransformerConfig
 from speechlab.lm.gpt import GPT, GPTConfig
 from speechlab.lm.hybrid import HybridConfig, HybridGPT
+from speechlab.metis.acoustic import AcousticConfig, AcousticDecoder
 from speechlab.metis.masked_lm import MaskedLM, MaskedLMConfig
 from speechlab.metis.ssl_tokens import SSLTokenizer, SSLTokensConfig
 from speechlab.tokenizer.export import OnnxTokenizer, export_onnx
@@ -41,6 +43,7 @@ from speechlab.tokenizer.teachers import Teacher, tiny_hubert
 RVQ = RVQConfig(dim=8, n_q=2, codebook_size=8, kmeans_iterations=0)
 FRAMES = FrameCodecConfig(dim=8, width=8, encoder_blocks=1, decoder_blocks=1)
 SEANET = SEANetConfig(dim=8, n_filters=2, strides=(4, 2), lstm_layers=1, bidirectional=False)
+CODES, TOKENS = CodeSpec(16, 3), CodeSpec(9, 1)
 BODY = TransformerConfig(dim=16, layers=2, heads=(2, 1), key_dim=4, ffn_dim=(16, 32), context=32)
 MADE = {  # a small one of each class, and a nested key of its config
     "gpt": (lambda: GPT(GPTConfig(body=BODY)), "body"),
@@ -57,7 +60,11 @@ MADE = {  # a small one of each class, and a nested key of its config
         "rvq",
     ),
     "ssl-tokens": (lambda: SSLTokenizer(SSLTokensConfig(4, 8, width=8, blocks=1)), None),
-    "masked-lm": (lambda: MaskedLM(MaskedLMConfig(9, replace(BODY, condition_dim=8))), "body"),
+    "masked-lm": (lambda: MaskedLM(MaskedLMConfig(TOKENS, replace(BODY, condition_dim=8))), "body"),
+    "acoustic-decoder": (
+        lambda: AcousticDecoder(AcousticConfig(CODES, TOKENS, replace(BODY, condition_dim=8))),
+        "body",
+    ),
 }
 each = pytest.mark.parametrize("name", MADE)
 

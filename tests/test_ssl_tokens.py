@@ -10,15 +10,18 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechlab.foundations.columns import features_column, with_column
-from speechlab.metis.masked_lm import MaskedLMConfig
+from speechlab.foundations.batches import pad_last
+from speechlab.foundations.columns import at_rate, codes_column, with_column
+from speechlab.foundations.contracts import Codec, frames_of, mask_of
+from speechlab.metis import metis_training
 from speechlab.metis.metis_training import (
+    ACOUSTIC_RECIPES,
     MASKED_LM_RECIPES,
     SSL_TOKENS_RECIPES,
-    SpeechToTokens,
 )
-from speechlab.metis.ssl_tokens import SSLTokenizer, SSLTokensConfig
-from speechlab.tokenizer.teachers import TEACHER_HOP, Teacher, teacher_column
+from speechlab.metis.ssl_tokens import SpeechToTokens, SSLTokenizer, SSLTokensConfig
+from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
+from speechlab.tokenizer.teachers import Teacher, teacher_column
 
 CONFIG = SSLTokensConfig(features=12, vocabulary=16, width=24, blocks=1)
 
@@ -103,9 +106,7 @@ def known(corpus):
 
 
 def test_recipes_train_resume_and_report(known, tmp_path, monkeypatch):
-    """Tokeniser, its tokens as a column, and the masked model on them; killed and continued."""
-    from speechlab.metis import metis_training
-
+    """Tokeniser, its tokens as a column, and the two models on them; stopped and continued."""
     teacher, recipe, corpus = known
     monkeypatch.setattr(metis_training, "load_teacher", lambda config: teacher)
     whole, rows = recipe.train(tmp_path / "one", corpus)
@@ -119,23 +120,46 @@ def test_recipes_train_resume_and_report(known, tmp_path, monkeypatch):
     assert report["variance lost"] > 0.1
     assert "PNMI" in recipe.describe(whole, report)
 
-    both = SpeechToTokens(teacher, whole)
-    tokens = features_column("ssl", both, TEACHER_HOP, dtype="int16")
-    spoken = with_column(corpus, tokens)
+    both = SpeechToTokens(teacher, whole, "mine")
+    spoken = with_column(corpus, codes_column(both, name="ssl"))
     assert spoken.columns["ssl"].cut(corpus.entries[0].id).max() < 32
-    small = replace(MASKED_LM_RECIPES["smoke"], model=MaskedLMConfig(32))
-    first, _ = small.train(tmp_path / "lm", spoken, until=2)
-    second, rows = small.train(tmp_path / "lm", spoken)
-    assert [row["step"] for row in rows][-1] == 4
-    assert 2 < rows[-1]["loss"] < 5
-    assert not torch.equal(first.out.weight, second.out.weight)
+    spoken = with_column(spoken, codes_column(SpeechTokenizer.load("speechtokenizer-small")))
+    for recipe in (MASKED_LM_RECIPES["smoke"], ACOUSTIC_RECIPES["smoke"]):
+        folder = tmp_path / type(recipe).__name__
+        first, _ = recipe.train(folder, spoken, until=2)
+        second, rows = recipe.train(folder, spoken)
+        assert [row["step"] for row in rows][-1] == 4
+        assert second.config.tokens == both.spec
+        assert any(not torch.equal(*pair) for pair in zip(first.parameters(), second.parameters()))
+        report = recipe.measure(second, spoken)
+        assert "right" in str(report)
+        assert "`mine`" in recipe.describe(second, report)
 
 
-def test_tokens_of_another_vocabulary_are_refused(known, monkeypatch):
-    from speechlab.metis import metis_training
-
+def test_speech_to_tokens_is_a_codec_without_a_way_back(known):
     teacher, _, corpus = known
-    found = SpeechToTokens(teacher, SSLTokenizer(replace(CONFIG, features=32)))
-    monkeypatch.setattr(metis_training.SpeechToTokens, "load", classmethod(lambda *_: found))
-    with pytest.raises(ValueError, match=r"model\.vocabulary is 512, the tokens of"):
-        MASKED_LM_RECIPES["smoke"].columns(corpus)
+    codec = SpeechToTokens(teacher, SSLTokenizer(replace(CONFIG, features=32)), "mine")
+    assert isinstance(codec, Codec)
+    assert codec.spec.frame_rate == 50
+    assert codec.spec.fingerprint
+    wavs = [corpus.read(i, 0, n) for i, n in ((0, 8000), (1, 5000))]
+    both, mask = pad_last([w[0] for w in wavs])[0], mask_of(torch.tensor([8000, 5000]), 8000)
+    found = codec.encode(both, mask=mask)
+    assert found.shape == (2, 1, 25)
+    for row, wav in zip(found, wavs):
+        alone = codec.encode(wav)[0]
+        assert torch.equal(row[:, : alone.shape[1]], alone)
+        assert (row[:, alone.shape[1] :] == -1).all()
+    with pytest.raises(NotImplementedError, match="AcousticDecoder"):
+        codec.decode(found)
+
+
+def test_tokens_are_read_at_16_khz_and_kept_on_the_grid_of_the_corpus(known, monkeypatch):
+    teacher, _, corpus = known
+    codec = SpeechToTokens(teacher, SSLTokenizer(replace(CONFIG, features=32)))
+    monkeypatch.setattr(SpeechToTokens, "load", classmethod(lambda *_: codec))
+    few = at_rate(corpus[:2], 24000)
+    found = metis_training.with_tokens(few, "any").columns["ssl"]
+    assert found.hop_length == 480
+    for entry in few.entries:
+        assert found.cut(entry.id).shape[1] == frames_of(entry.samples, 480)

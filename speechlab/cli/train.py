@@ -23,6 +23,11 @@ def recipes() -> dict[str, dict]:  # name -> preset -> Recipe
     from speechlab.foundations.judge_training import RECOGNIZER_RECIPES, SPEAKER_RECIPES
     from speechlab.lm.gpt_training import GPT_RECIPES
     from speechlab.lm.hybrid import HYBRID_RECIPES
+    from speechlab.metis.metis_training import (
+        ACOUSTIC_RECIPES,
+        MASKED_LM_RECIPES,
+        SSL_TOKENS_RECIPES,
+    )
     from speechlab.tokenizer.codec_training import CODEC_RECIPES
     from speechlab.tokenizer.teacher_training import FINETUNE_RECIPES, HUBERT_RECIPES
 
@@ -34,6 +39,9 @@ def recipes() -> dict[str, dict]:  # name -> preset -> Recipe
         "speaker": SPEAKER_RECIPES,
         "gpt": GPT_RECIPES,
         "hybrid": HYBRID_RECIPES,
+        "ssl-tokens": SSL_TOKENS_RECIPES,
+        "metis": MASKED_LM_RECIPES,
+        "metis-acoustic": ACOUSTIC_RECIPES,
     }
 
 
