@@ -10,7 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechlab.tokenizer.discriminators import Discriminators, DiscriminatorsConfig
+from speechlab.tokenizer.discriminators import (
+    Discriminators,
+    DiscriminatorsConfig,
+    interleaved,
+)
 from speechlab.tokenizer.losses import (
     GradientBalancer,
     LossWeights,
@@ -27,6 +31,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:of 64 mel filters")
 
 def noise(*shape, seed=0):
     return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 4), st.integers(1, 20), st.integers(9, 30), st.integers(1, 2))
+def test_a_dilated_convolution_is_a_plain_one_on_rows_taken_apart(dilation, rows, bins, stride):
+    conv = torch.nn.Conv2d(2, 3, (3, 9), (1, stride), (dilation, 4), (dilation, 1))
+    x = noise(2, 2, rows, bins)
+    torch.testing.assert_close(interleaved(conv, x), conv(x))
 
 
 def mel_by_hand(x: np.ndarray, n_fft: int, n_mels: int) -> np.ndarray:
