@@ -42,7 +42,7 @@ class SSLTokensRecipe(Recipe):
     "Tokens of a self-supervised model's features."
 
     optim: Optim = Optim(lr=2e-3, warmup=50, final=0.05)
-    loop: TrainConfig = TrainConfig(steps=2000, log_every=25)
+    loop: TrainConfig = TrainConfig(steps=1200, log_every=25)
     batch_size: int = 16
     model: SSLTokensConfig = SSLTokensConfig()
     seconds: float = 2.0  # of a segment

@@ -40,7 +40,7 @@ class SSLTokensConfig:
     code_dim: int = 8
     width: int = 192
     blocks: int = 3  # ConvNeXt blocks on each side
-    teacher: str = "tiny-hubert"  # a shipped name, folder or hub id
+    teacher: str = "tiny-hubert-ft"  # a shipped name, folder or hub id
     layer: int = 0  # of the teacher; 0: the average of all
 
     def __post_init__(self):
