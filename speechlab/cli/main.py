@@ -38,6 +38,7 @@ COMMANDS = {  # words -> module and function
     "evaluate": "bench:evaluate",
     "bench tokens": "bench:bench_tokens",
     "continue": "speak:continue_recording",
+    "babble": "speak:babble",
 }
 Size = Annotated[Literal["smoke", "cpu", "gpu"] | None, tyro.conf.Positional]  # of the corpus
 Place = Annotated[Path, tyro.conf.Positional]
