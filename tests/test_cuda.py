@@ -21,6 +21,9 @@ from speechlab.foundations.outside_judges import load_recognizer, load_speaker_e
 from speechlab.foundations.sampling import Sampling
 from speechlab.lm.generation import generate
 from speechlab.lm.gpt import GPT, GPTConfig
+from speechlab.metis.acoustic import write_codes
+from speechlab.metis.decoding import PRESETS
+from speechlab.metis.masked_lm import go_on
 from speechlab.tokenizer import files
 from speechlab.tokenizer.precision import at_precision
 from speechlab.tokenizer.speech_tokenizer import CONFIGS, SpeechTokenizer
@@ -180,3 +183,17 @@ def test_a_stamp_waits_and_names_the_device(device):
     assert stamp.seconds > after.seconds  # the work is in the first, not in who asks next
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu ("
     assert name in str(stamp)
+
+
+def test_metis_writes_what_it_writes_on_the_cpu(device):
+    """Both stages, from shipped weights; a tie between scores may fall either way."""
+    prompt, said = torch.randint(512, (40,)), torch.randint(256, (8, 40))
+    writer, acoustic = load("metis-small"), load("metis-acoustic-small")
+    rule, steps = PRESETS["metis"], (8, 4, 2, 1, 1, 1, 1, 1)
+    here = go_on(writer, [prompt], 40, rule, 8)[0]
+    there = go_on(writer.to(device), [prompt], 40, rule, 8)[0].cpu()
+    assert (here == there).float().mean() > 0.9
+    both = torch.cat([prompt, here])
+    codes = write_codes(acoustic, [both], [said], rule, steps)[0]
+    again = write_codes(acoustic.to(device), [both], [said], rule, steps)[0].cpu()
+    assert (codes == again).float().mean() > 0.8

@@ -161,6 +161,9 @@ OVERFIT = {  # name -> what changes, the metric, and the share of its first valu
     "speaker": ({"seconds": 3.0, "speeds": (1.0,), "optim": Optim(1e-2, 5)}, "loss", 0.5),
     "gpt": ({"optim": Optim(1e-2, 5)}, "loss", 0.4),
     "hybrid": ({"optim": Optim(1e-2, 5)}, "loss", 0.4),
+    "ssl-tokens": ({"seconds": 3.0, "optim": Optim(5e-3, 5)}, "rebuild_loss", 0.4),
+    "metis": ({"optim": Optim(1e-2, 5)}, "loss", 0.4),
+    "metis-acoustic": ({"optim": Optim(1e-2, 5)}, "loss", 0.3),
 }
 
 

@@ -292,6 +292,19 @@ def test_continue_command(tmp_path, corpus, command):
     assert load_wav(tmp_path / "out.wav")[0].shape[-1] == 60 * 320
 
 
+def test_babble_command(tmp_path, corpus, command):
+    from speechlab.foundations.audio_files import load_wav, save_wav
+
+    save_wav(tmp_path / "in.flac", corpus[0].wav[..., :16000], 16000)
+    target = str(tmp_path / "out.wav")
+    babble = ("babble", target, "--seconds", "0.4", "--steps", "4")
+    done = command(*babble, "--like", str(tmp_path / "in.flac"))
+    assert "0.40 s" in done.stdout, done.stderr
+    assert load_wav(target)[0].shape == (1, 1, 6400)
+    assert "--force overwrites" in command(*babble).stderr
+    assert "--seconds is 0" in command(*babble[:2], "--force", "--seconds", "0").stderr
+
+
 def test_resynth_command(tmp_path, corpus, command):
     from speechlab.foundations.audio_files import load_wav, save_wav
 

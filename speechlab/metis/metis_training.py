@@ -42,7 +42,7 @@ class SSLTokensRecipe(Recipe):
     "Tokens of a self-supervised model's features."
 
     optim: Optim = Optim(lr=2e-3, warmup=50, final=0.05)
-    loop: TrainConfig = TrainConfig(steps=1200, log_every=25)
+    loop: TrainConfig = TrainConfig(steps=600, log_every=25)
     batch_size: int = 16
     model: SSLTokensConfig = SSLTokensConfig()
     seconds: float = 2.0  # of a segment
@@ -141,7 +141,7 @@ class MaskedLMRecipe(Recipe):
     "Metis' pre-training: fill in the SSL tokens of speech without any condition."
 
     optim: Optim = Optim(lr=1e-3, warmup=200, final=0.1, betas=(0.9, 0.98))
-    loop: TrainConfig = TrainConfig(steps=1500, log_every=25)
+    loop: TrainConfig = TrainConfig(steps=1200, log_every=25)
     batch_size: int = 32
     model: MaskedLMConfig = MaskedLMConfig()  # its tokens become those of `tokens`
     tokens: str = "ssl-tokens-small"  # a tokeniser by name, folder or hub id
@@ -209,7 +209,7 @@ class AcousticRecipe(Recipe):
     "Metis' second stage: codes of a codec from SSL tokens and an acoustic prompt."
 
     optim: Optim = Optim(lr=1e-3, warmup=200, final=0.1, betas=(0.9, 0.98))
-    loop: TrainConfig = TrainConfig(steps=2000, log_every=25)
+    loop: TrainConfig = TrainConfig(steps=1000, log_every=25)
     batch_size: int = 32
     model: AcousticConfig = AcousticConfig()  # its codes and tokens become those of the two below
     codec: str = "speechtokenizer-small"  # a codec by name, folder or hub id
@@ -284,7 +284,7 @@ SSL_TOKENS_RECIPES = {
     "cpu": SSLTokensRecipe(),
     "gpu": SSLTokensRecipe(
         Source(size="gpu"), loop=TrainConfig(20_000, precision="bf16", log_every=100),
-        batch_size=128, model=SSLTokensConfig(vocabulary=1024, width=384, blocks=6),
+        batch_size=128, model=SSLTokensConfig(vocabulary=1024, width=384, blocks=2),
     ),
 }  # fmt: skip
 MASKED_LM_RECIPES = {

@@ -39,18 +39,21 @@ class SSLTokensConfig:
     vocabulary: int = 512  # codes
     code_dim: int = 8
     width: int = 192
-    blocks: int = 3  # ConvNeXt blocks on each side
+    blocks: int = 1  # ConvNeXt blocks on each side
+    kernel: int = 1  # of every convolution: 1 sees its own frame only
     teacher: str = "tiny-hubert-ft"  # a shipped name, folder or hub id
     layer: int = 0  # of the teacher; 0: the average of all
 
     def __post_init__(self):
-        for name in ("features", "vocabulary", "code_dim", "width", "blocks"):
+        for name in ("features", "vocabulary", "code_dim", "width", "blocks", "kernel"):
             check_count(getattr(self, name), name)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}; an odd number has a middle")
 
     @classmethod
     def published(cls) -> "SSLTokensConfig":
         "W2V-BERT 2.0, hidden state 17, 8192 codes of 8 dimensions."
-        return cls(1024, 8192, 8, 384, 6, "facebook/w2v-bert-2.0", 17)
+        return cls(1024, 8192, 8, 384, 6, 7, "facebook/w2v-bert-2.0", 17)
 
 
 class SSLTokensOutput(NamedTuple):
@@ -71,15 +74,16 @@ class SSLTokenizer(Model):
 
     def __init__(self, config: SSLTokensConfig):
         super().__init__()
-        self.config, width = config, config.width
+        self.config, width, kernel = config, config.width, config.kernel
         self.register_buffer("mean", torch.zeros(config.features, 1))
         self.register_buffer("std", torch.ones(config.features, 1))
-        self.enter = nn.Conv1d(config.features, width, 7, padding=3)
-        self.down = nn.ModuleList(ConvNeXtBlock(width, 3, 7, False) for _ in range(config.blocks))
+        many, wide = range(config.blocks), {"kernel_size": kernel, "padding": kernel // 2}
+        self.enter = nn.Conv1d(config.features, width, **wide)
+        self.down = nn.ModuleList(ConvNeXtBlock(width, 3, kernel, False) for _ in many)
         self.to_code = nn.Conv1d(width, config.code_dim, 1)
         self.bottleneck = ResidualVQ(RVQConfig(config.code_dim, 1, config.vocabulary))
-        self.from_code = nn.Conv1d(config.code_dim, width, 7, padding=3)
-        self.up = nn.ModuleList(ConvNeXtBlock(width, 3, 7, False) for _ in range(config.blocks))
+        self.from_code = nn.Conv1d(config.code_dim, width, **wide)
+        self.up = nn.ModuleList(ConvNeXtBlock(width, 3, kernel, False) for _ in many)
         self.leave = nn.Conv1d(width, config.features, 1)
 
     @torch.no_grad()
