@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from speechlab.foundations.contracts import CodeSpec, CodeSpecError, mask_of
 from speechlab.metis.acoustic import (
+    PUBLISHED_STEPS,
     AcousticConfig,
     AcousticDecoder,
     acoustic_loss,
     level_shares,
+    steps_by_level,
     write_codes,
 )
 from speechlab.metis.decoding import PRESETS, Guidance
@@ -88,21 +90,28 @@ def test_what_a_level_hears_and_what_not():
 RATES = [(16000, 320), (24000, 480), (24000, 320), (16000, 640)]
 
 
-@given(st.integers(1, 40), st.sampled_from(RATES))
-def test_tokens_on_the_grid_of_any_codec(frames, rate):
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.sampled_from(RATES))
+def test_tokens_on_the_grid_of_any_codec(lengths, rate):
+    """Each row hears its own tokens, whatever the padding; its last one behind its end."""
     config = AcousticConfig(CodeSpec(SIZE, 2, *rate), CodeSpec(SAID, 1), timed(8, 1, 2))
-    model, seconds = AcousticDecoder(config), frames * rate[1] / rate[0]
-    tokens = torch.arange(-int(-seconds * 50 // 1)).unsqueeze(0)
-    found = model.on_grid(tokens, frames)[0].tolist()
-    middle = [(i + 0.5) * rate[1] / rate[0] for i in range(frames)]
-    assert found == [min(int(m * 50 + 1e-9), tokens.shape[1] - 1) for m in middle]
+    model, most = AcousticDecoder(config), max(lengths)
+    tokens = torch.arange(most).expand(len(lengths), -1) + 100 * torch.arange(len(lengths))[:, None]
+    frames = config.frames_for(most)
+    assert (frames - 1) * rate[1] * 50 < most * rate[0] <= frames * rate[1] * 50
+    found = model.on_grid(tokens, frames, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        middle = [(i + 0.5) * rate[1] / rate[0] for i in range(frames)]
+        wanted = [100 * row + min(int(m * 50 + 1e-9), length - 1) for m in middle]
+        assert found[row].tolist() == wanted
+    with pytest.raises(ValueError, match=f"{most} tokens last {frames} frames, not"):
+        model.on_grid(tokens, frames + 1)
 
 
 def test_levels_are_drawn_as_published():
     shares = level_shares(12)
     wanted = [2 * (12 - j) / (12 * 13) for j in range(12)]
     assert [float(p) for p in shares] == pytest.approx(wanted)
-    model, (codes, tokens, *_) = AcousticDecoder(CONFIG), example()
+    codes, tokens, *_ = example()
     seen, draw = [], torch.Generator().manual_seed(0)
 
     def spy(codes, level, mask, *rest):
@@ -113,14 +122,14 @@ def test_levels_are_drawn_as_published():
         acoustic_loss(spy, codes, tokens, torch.ones(2, 10).bool(), Masking(), generator=draw)
     counts = torch.bincount(torch.tensor(seen), minlength=3) / 3000
     torch.testing.assert_close(counts.double(), level_shares(3), atol=0.03, rtol=0)
-    assert model.config.codes.n_q == 3
 
 
 def test_the_loss_is_the_mean_nll_of_hidden_codes_of_one_level():
     model, (codes, tokens, *_) = loud(), example()
     valid = mask_of(torch.tensor([10, 7]), 10)
     masking = Masking(least=0.0)
-    loss, metrics = acoustic_loss(model, codes, tokens, valid, masking, 1,
+    holes = codes.where(valid.unsqueeze(1), -1), tokens.where(valid, -1)  # as codecs write them
+    loss, metrics = acoustic_loss(model, *holes, valid, masking, 1,
                                   torch.Generator().manual_seed(5))  # fmt: skip
     t, mask, prompt = masking.draw(valid, torch.Generator().manual_seed(5))
     total = count = right = 0
@@ -144,16 +153,14 @@ def test_a_batch_gives_what_its_rows_give_alone(lengths, guidance, seed):
     model, draw = loud(), torch.Generator().manual_seed(seed)
     prompts = [torch.randint(SIZE, (LEVELS, p), generator=draw) for p, _ in lengths]
     tokens = [torch.randint(SAID, (p + n,), generator=draw) for p, n in lengths]
-    if guidance.scale and not all(p for p, _ in lengths):
-        guidance = Guidance(0.0)
     steps = (3, 2, 1)
     both = write_codes(model, tokens, prompts, RULE, steps, guidance, seed)
     for row, (p, n) in enumerate(lengths):
         assert both[row].shape == (LEVELS, p + n)
         assert torch.equal(both[row][:, :p], prompts[row])
         assert 0 <= int(both[row].min()) <= int(both[row].max()) < SIZE
-    alone = write_codes(model, tokens[:1], prompts[:1], RULE, steps, guidance, seed)
-    assert torch.equal(both[0], alone[0])
+        alone = write_codes(model, [tokens[row]], [prompts[row]], RULE, steps, guidance, seed, row)
+        assert torch.equal(both[row], alone[0])
 
 
 def test_writing_is_level_after_level():
@@ -191,9 +198,39 @@ def test_bad_input():
         (([row], [known], RULE, (1, 1, 1, 1)), "levels in steps is 4"),
         (([row], [known], RULE, (0, 1, 1)), "steps is 0"),
         (([row], [known], RULE, (9, 1, 1)), "steps is 9, but at most 6"),
+        (([], [], RULE), "0 rows of tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             write_codes(model, *arguments)
+    for level in (-1, 3):
+        with pytest.raises(ValueError, match=f"level is {level}, codes have 3 levels"):
+            model.around(codes, level, tokens, codes[:, 0] > 0)
+    with pytest.raises(ValueError, match="tokens have 2 levels"):
+        AcousticConfig(tokens=CodeSpec(9, 2))
+
+
+def test_steps_by_level():
+    assert steps_by_level(8) == (16, 8, 4, 2, 1, 1, 1, 1)
+    assert steps_by_level(2) == (16, 8)
+    assert steps_by_level(6, (40, 16), 20) == (20, 16, 1, 1, 1, 1)
+    assert sum(PUBLISHED_STEPS) == 66
+    assert len(PUBLISHED_STEPS) == AcousticConfig.published().codes.n_q
+
+
+def test_one_batch_overfits():
+    torch.manual_seed(0)
+    model, (codes, tokens, *_) = AcousticDecoder(CONFIG), example(2, 12)
+    steers = [p for n, p in model.named_parameters() if ".steer." in n]
+    assert steers
+    assert not any(p.any() for p in steers)  # norms start as plain ones
+    optimizer, draw = torch.optim.Adam(model.parameters(), 5e-3), torch.Generator().manual_seed(0)
+    valid, losses = torch.ones(2, 12).bool(), []
+    for _ in range(300):
+        loss, _ = acoustic_loss(model, codes, tokens, valid, Masking(least=0.0), generator=draw)
+        optimizer.zero_grad(), loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-20:]) / 20 < 0.5 < 2.5 < losses[0]
 
 
 @pytest.fixture(scope="module")
@@ -211,10 +248,11 @@ def test_babble_in_batches_and_seeds(metis, corpus):
     voices = [corpus[0].wav[..., :16000], None, corpus[1].wav[..., :7000]]
     both = metis.babble(voices, 0.4, seed=2)
     assert [tuple(one.wav.shape) for one in both] == [(1, 1, 6400)] * 3
-    alone = metis.babble(voices[:1], 0.4, seed=2)[0]
-    assert torch.equal(alone.codes, both[0].codes)
-    assert torch.equal(alone.tokens, both[0].tokens)
-    assert not torch.equal(metis.babble(voices[:1], 0.4, seed=3)[0].codes, alone.codes)
+    for row, voice in enumerate(voices):
+        alone = metis.babble([voice], 0.4, seed=2, first_row=row)[0]
+        assert torch.equal(alone.codes, both[row].codes)
+        assert torch.equal(alone.tokens, both[row].tokens)
+    assert not torch.equal(metis.babble(voices[:1], 0.4, seed=3)[0].codes, both[0].codes)
 
 
 def test_repeat_keeps_the_tokens_and_the_length(metis, corpus):
@@ -224,15 +262,31 @@ def test_repeat_keeps_the_tokens_and_the_length(metis, corpus):
     assert made.wav.shape == (1, 1, 8000)
 
 
+def test_a_short_neighbour_changes_nothing(metis, corpus):
+    wavs, like = [corpus[0].wav[..., :8000], corpus[2].wav[..., :960]], corpus[1].wav[..., :6400]
+    both = metis.repeat(wavs, [like, None])
+    for row, (wav, prompt) in enumerate(zip(wavs, [like, None])):
+        alone = metis.repeat([wav], [prompt], first_row=row)[0]
+        assert torch.equal(alone.codes, both[row].codes)
+
+
 def test_models_that_do_not_belong_together_are_refused(metis):
     other = SpeechToTokens(metis.reader.teacher, SSLTokenizer(metis.reader.tokenizer.config), "x")
     with pytest.raises(CodeSpecError, match=r"reader's tokens belong to another tokeniser \(x\)"):
         Metis(other, metis.writer, metis.acoustic, metis.codec)
     with pytest.raises(CodeSpecError, match="codec's codes belong to another"):
         Metis(metis.reader, metis.writer, metis.acoustic, load_codec("encodec-small"))
-    for wav, message in ((torch.zeros(1, 1, 8000), "silent"), (torch.ones(1, 2, 8000), "channels")):
+    for wav, message in (
+        (torch.zeros(1, 1, 8000), r"prompts\[0\] is silent"),
+        (torch.ones(1, 2, 8000), "2 channels"),
+        (torch.ones(2, 1, 8000), r"prompts\[0\] has 2 signals"),
+    ):
         with pytest.raises(ValueError, match=message):
             metis.babble([wav])
-    for seconds in (0.0, 0.001, float("nan")):
+    with pytest.raises(ValueError, match="prompts are empty"):
+        metis.repeat([], [])
+    with pytest.raises(ValueError, match="1 wavs, 2 prompts"):
+        metis.repeat([torch.ones(1, 1, 8000)], [None, None])
+    for seconds in (0.0, 0.001, float("nan"), 21.0):
         with pytest.raises(ValueError, match="seconds is"):
             metis.babble([None], seconds)

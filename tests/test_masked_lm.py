@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechlab.foundations.contracts import CodeSpec
+from speechlab.foundations.contracts import CodeSpec, mask_of
 from speechlab.foundations.models import ModelError
 from speechlab.foundations.sampling import row_generators
 from speechlab.foundations.transformer import TransformerConfig
@@ -21,6 +21,7 @@ from speechlab.metis.masked_lm import (
     MaskedLM,
     MaskedLMConfig,
     Masking,
+    filled_in,
     go_on,
     masked_lm_loss,
     time_features,
@@ -349,5 +350,41 @@ def test_bad_input():
         MaskedLMConfig(CodeSpec(9, 2))
     with pytest.raises(ValueError, match="schedule is 'arctan'"):
         Masking("arctan")
+    with pytest.raises(ValueError, match="rows are empty"):
+        filled_in(MaskedLM(CONFIG), [])
     with pytest.raises(ValueError, match="least is 2"):
         Masking(least=2)
+
+
+def test_a_prompt_may_be_all_but_one_token():
+    valid = mask_of(torch.tensor([5, 1, 3]), 5)
+    for seed in range(50):
+        draw = torch.Generator().manual_seed(seed)
+        _, mask, prompt = Masking(prompt=1.0, prompt_share=1.0).draw(valid, draw)
+        assert mask.any(dim=1).all()
+        assert not (mask & prompt).any()
+        assert not (mask & ~valid).any()
+
+
+def test_filled_in_equals_a_loop_and_a_model_that_knows_frequencies_only():
+    """Constant logits: NLL is the cross-entropy, and the bound is it times the number of tokens."""
+    weights = torch.linspace(0, 2, VOCABULARY)
+
+    class Constant(torch.nn.Module):
+        config, mask_id = CONFIG, VOCABULARY
+        tokens = torch.nn.Embedding(VOCABULARY + 1, 2)
+
+        def forward(self, tokens, time):
+            return weights.expand(*tokens.shape, -1)
+
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randint(VOCABULARY, (n,), generator=draw) for n in (400, 700)]
+    found = filled_in(Constant(), rows, draws=64)
+    each = -weights.log_softmax(0)[torch.cat(rows)].mean()
+    for part in found["hidden"].values():
+        assert abs(part["nll"] - float(each)) < 0.1
+    wanted = float(each) / math.log(2) * 50
+    assert found["bits_per_second"] == pytest.approx(wanted, rel=0.05)
+    for schedule in ("linear", "cosine"):
+        again = filled_in(Constant(), rows, draws=64, schedule=schedule)
+        assert again["bits_per_second"] == pytest.approx(wanted, rel=0.05)

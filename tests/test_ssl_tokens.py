@@ -24,11 +24,12 @@ from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer
 from speechlab.tokenizer.teachers import Teacher, teacher_column
 
 CONFIG = SSLTokensConfig(features=12, vocabulary=16, width=24, blocks=1)
+WIDE = replace(CONFIG, kernel=7, blocks=2)  # padding can reach a frame here
 
 
-def trained(steps: int = 30) -> SSLTokenizer:
+def trained(steps: int = 30, config: SSLTokensConfig = CONFIG) -> SSLTokenizer:
     torch.manual_seed(0)
-    model, features = SSLTokenizer(CONFIG), torch.randn(4, 12, 60) * 3 + 1
+    model, features = SSLTokenizer(config), torch.randn(4, 12, 60) * 3 + 1
     model.measure_features(features.transpose(0, 1).flatten(1))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(steps):
@@ -63,7 +64,7 @@ def test_features_are_normalised_and_come_back_in_their_own_scale():
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4))
 def test_a_padded_row_has_the_tokens_it_has_alone(lengths):
-    model, features = trained(5), torch.randn(len(lengths), 12, max(lengths))
+    model, features = trained(5, WIDE), torch.randn(len(lengths), 12, max(lengths))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     both = model.encode(features, mask)
     assert (both[~mask] == -1).all()
@@ -72,7 +73,7 @@ def test_a_padded_row_has_the_tokens_it_has_alone(lengths):
 
 
 def test_masked_frames_have_no_part_in_the_loss():
-    model, features = trained(), torch.randn(1, 12, 30)
+    model, features = trained(config=WIDE), torch.randn(1, 12, 30)
     mask = torch.arange(40).unsqueeze(0) < 30
     padded = F.pad(features, (0, 10), value=99.0)
     torch.testing.assert_close(model(padded, mask).rebuild_loss, model(features).rebuild_loss)
@@ -88,6 +89,11 @@ def test_save_and_load(tmp_path):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"\(B, 12, n\) is wanted"):
         trained(1)(torch.randn(1, 9, 5))
+    for features in (torch.randn(12, 1), torch.randn(9, 5), torch.randn(1, 12, 5)):
+        with pytest.raises(ValueError, match="with two frames or more"):
+            trained(1).measure_features(features)
+    with pytest.raises(ValueError, match="kernel is 4"):
+        SSLTokensConfig(kernel=4)
     with pytest.raises(ValueError, match="vocabulary is 0"):
         SSLTokensConfig(vocabulary=0)
 
@@ -126,13 +132,15 @@ def test_recipes_train_resume_and_report(known, tmp_path, monkeypatch):
     spoken = with_column(spoken, codes_column(SpeechTokenizer.load("speechtokenizer-small")))
     for recipe in (MASKED_LM_RECIPES["smoke"], ACOUSTIC_RECIPES["smoke"]):
         folder = tmp_path / type(recipe).__name__
+        whole, _ = recipe.train(tmp_path / f"{folder.name}-whole", spoken)
         first, _ = recipe.train(folder, spoken, until=2)
         second, rows = recipe.train(folder, spoken)
         assert [row["step"] for row in rows][-1] == 4
+        assert all(torch.equal(*pair) for pair in zip(whole.parameters(), second.parameters()))
         assert second.config.tokens == both.spec
         assert any(not torch.equal(*pair) for pair in zip(first.parameters(), second.parameters()))
         report = recipe.measure(second, spoken)
-        assert "right" in str(report)
+        assert all(0 <= part["right"] <= 1 for part in report.get("hidden", report).values())
         assert "`mine`" in recipe.describe(second, report)
 
 

@@ -70,7 +70,7 @@ def babble(
     target: Place,  # where to write; .wav, .flac, .ogg, .opus or .mp3
     like: Path | None = None,  # a recording of the voice; left out: some voice
     seconds: float = 3.0,  # of sound
-    steps: int = 25,  # of the first stage
+    steps: int = 25,  # of the first stage, at most one a token
     keep: float = 3.0,  # use only the last so many seconds of the recording
     seed: int = 0,  # of the draws
     model: str = "metis-small",  # the masked language model: shipped name, folder or hub id
@@ -81,8 +81,6 @@ def babble(
     from speechlab.metis.speaking import Metis, Writing
 
     check_target(target, force, *([like] if like else []))
-    if not 0 < seconds <= 60:
-        raise ValueError(f"--seconds is {seconds}; it must lie in (0, 60]")
     metis = Metis.load(model, acoustic)
     rate, prompt = metis.codec.spec.sample_rate, None
     if like:

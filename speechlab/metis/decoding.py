@@ -390,12 +390,13 @@ class Guidance:
         guided = conditional + scale * (conditional - unconditional)
         if self.rescale and scale:
             ratio = _row_std(conditional, valid) / _row_std(guided, valid)
-            guided = guided * (self.rescale * ratio + 1 - self.rescale)
+            guided = guided * (self.rescale * ratio + 1 - self.rescale).to(guided)
         return guided.log_softmax(dim=-1) if self.space == "log_probability" else guided
 
 
 def _row_std(values: Tensor, valid: Tensor | None) -> Tensor:
     "Standard deviation of each row's valid values, (R, 1, 1)."
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # squares overflow in fp16
     if valid is None:
         return values.flatten(1).std(dim=1).view(-1, 1, 1)
     weight = valid.unsqueeze(-1).to(values)

@@ -177,6 +177,7 @@ class Masking:
         coins = torch.rand(2, rows, generator=generator).to(device)
         longest = (valid.sum(dim=1) * self.prompt_share).long()
         kept = (coins[1] * (longest + 1)).long() * (coins[0] < self.prompt)
+        kept = torch.minimum(kept, valid.sum(dim=1) - 1)  # something must be left to hide
         place = valid.long().cumsum(dim=1)
         free = valid & (place > kept.unsqueeze(1))
         share = SCHEDULES[self.schedule](t)
@@ -193,6 +194,7 @@ def masked_lm_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # nats per hidden token; metrics
     "Metis Eq. 1, divided by the number of hidden tokens of the batch."
     t, mask, _ = masking.draw(valid, generator)
+    tokens = tokens.where(valid, 0)
     logits = model(tokens.masked_fill(mask, mask_id), t, valid)[mask]
     answers = tokens[mask].long()
     right = (logits.argmax(dim=1) == answers).float().mean()
@@ -205,14 +207,18 @@ def filled_in(
     rows: Sequence[Tensor],  # (n,) tokens each
     shares: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),  # of the tokens hidden, for the table
     draws: int = 8,  # times a row, for the bound
+    schedule: str = "sine",  # the one it was trained with: it tells the model the time
     seed: int = 0,
 ) -> dict:  # hidden: share -> nll, right; bits_per_second
     "What a model fills in when no prompt is given, and the bound on -log p in bits per second."
+    if not len(rows):
+        raise ValueError("rows are empty; there is nothing to fill in")
     draw, device = torch.Generator().manual_seed(seed), model.tokens.weight.device
-    schedule, times = SCHEDULES["sine"], (torch.arange(draws) + 0.5) / draws
-    chances = torch.cat([torch.tensor(shares), schedule(times)])
+    schedule = SCHEDULES[schedule]
     sums, nats = torch.zeros(3, len(shares)), 0.0
     for row in rows:
+        times = sample_times(draws, draw)
+        chances = torch.cat([torch.tensor(shares), schedule(times)])
         mask = torch.rand(len(chances), len(row), generator=draw) < chances.unsqueeze(1)
         tokens, hidden = row.to(device).expand(mask.shape), mask.to(device)
         clock = torch.cat([schedule.inverse(torch.tensor(shares)), times]).to(device)
@@ -224,7 +230,7 @@ def filled_in(
         nats += float(likelihood_bound(nll[many:], times, schedule).mean())
     seconds = sum(map(len, rows)) / model.config.tokens.frame_rate
     table = {s: {"nll": round(float(a / c), 4), "right": round(float(b / c), 4)}
-             for s, a, b, c in zip(shares, *sums)}
+             for s, a, b, c in zip(shares, *sums) if c}
     return {"hidden": table, "bits_per_second": round(nats / math.log(2) / seconds, 2)}
 
 # %% ../../nbs/metis/04_masked_lm.ipynb #25a1b667
@@ -280,8 +286,9 @@ def go_on(
     steps: int,
     guidance: Guidance = CONDITIONAL,
     seed: int | tuple[int, ...] = 0,
+    first_row: int = 0,  # number of the first row: row i alone is written as in a batch
 ) -> list[Tensor]:  # (length,) each
-    "Continue each prompt. A batch gives what its rows give alone."
+    "Continue each prompt."
     lengths = [length] * len(prompts) if isinstance(length, int) else list(length)
     if len(lengths) != len(prompts) or min(lengths, default=0) < 1:
         raise ValueError(f"length is {length}; {len(prompts)} numbers of 1 or more are wanted")
@@ -298,5 +305,6 @@ def go_on(
         tokens[row, : len(prompt)] = prompt.to(device)
     place = torch.arange(tokens.shape[1], device=device)
     valid, given = place < ends.unsqueeze(1), place < starts
-    found = write(model, tokens, valid & ~given, rule, steps, guidance, valid, given, seed=seed)
+    found = write(model, tokens, valid & ~given, rule, steps, guidance, valid, given, seed=seed,
+                  first_row=first_row)  # fmt: skip
     return [row[len(p) : len(p) + n] for row, p, n in zip(found, prompts, lengths)]

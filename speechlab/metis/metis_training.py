@@ -173,7 +173,8 @@ class MaskedLMRecipe(Recipe):
         "What it fills in of the test split, by the share that is hidden; the bound on its bits."
         test = corpus.split("test")
         rows = [test.columns["ssl"].cut(e.id)[0] for e in test.entries]
-        return filled_in(model, [row[: model.config.body.context] for row in rows])
+        rows = [row[: model.config.body.context] for row in rows]
+        return filled_in(model, rows, schedule=self.masking.schedule)
 
     def describe(self, model: MaskedLM, report: dict) -> str:
         "What it reads and how well it fills in."
@@ -197,11 +198,14 @@ class CodeFiller(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         "Mean NLL of the hidden codes of a level."
-        codes, tokens = batch["codes"].long(), batch["ssl"][:, 0].long()
-        valid = batch.valid("codes")
+        codes, valid = batch["codes"].long(), batch.valid("codes")
+        tokens = batch["ssl"][:, 0].long()
+        tokens = self.model.on_grid(tokens, codes.shape[2], batch.sizes["ssl"].to(tokens.device))
         loss, metrics = acoustic_loss(self.model, codes, tokens, valid, self.masking)
-        idle = sum(p.sum() for p in self.model.parameters())  # DDP wants every head in the graph
-        return loss + 0.0 * idle, metrics
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            idle = sum(p.sum() for p in self.model.parameters())  # DDP wants all of them
+            loss = loss + 0.0 * idle
+        return loss, metrics
 
 
 @dataclass(frozen=True)
@@ -253,11 +257,12 @@ class AcousticRecipe(Recipe):
         for level in range(levels):
             found = []
             for entry in test.entries:
-                codes, tokens = (test.columns[n].cut(entry.id)[None, :, : model.config.body.context]
-                                 .to(model.level.weight.device) for n in ("codes", "ssl"))
-                valid = torch.ones_like(codes[:, 0], dtype=torch.bool)
-                found.append(acoustic_loss(model, codes, tokens[:, 0], valid, self.masking, level,
-                                           draw))  # fmt: skip
+                codes, tokens = (test.columns[n].cut(entry.id)[None].to(model.level.weight.device)
+                                 for n in ("codes", "ssl"))
+                tokens = model.on_grid(tokens[:, 0], codes.shape[2])[:, : model.config.body.context]
+                codes = codes[..., : model.config.body.context]
+                valid = torch.ones_like(tokens, dtype=torch.bool)
+                found.append(acoustic_loss(model, codes, tokens, valid, self.masking, level, draw))
             report[f"level_{level + 1}"] = {
                 "nll": round(sum(float(loss) for loss, _ in found) / len(found), 4),
                 "right": round(sum(float(m["right"]) for _, m in found) / len(found), 4),
@@ -286,6 +291,10 @@ SSL_TOKENS_RECIPES = {
         Source(size="gpu"), loop=TrainConfig(20_000, precision="bf16", log_every=100),
         batch_size=128, model=SSLTokensConfig(vocabulary=1024, width=384, blocks=2),
     ),
+    "paper": SSLTokensRecipe(
+        Source("librispeech", place="LibriSpeech"), Optim(1e-4, 32_000),
+        TrainConfig(500_000, precision="bf16", log_every=100), 128, SSLTokensConfig.published(),
+    ),
 }  # fmt: skip
 MASKED_LM_RECIPES = {
     "smoke": MaskedLMRecipe(Source(size="smoke"), loop=TrainConfig(steps=4), batch_size=4),
@@ -294,6 +303,10 @@ MASKED_LM_RECIPES = {
         Source(size="gpu"), loop=TrainConfig(40_000, precision="bf16", log_every=100),
         batch_size=256, model=MaskedLMConfig(body=timed(512, 8, 8)),
     ),
+    "paper": MaskedLMRecipe(  # sizes, rate, warm-up and steps as published; its data are not public
+        Source("librispeech", place="LibriSpeech"), Optim(1e-4, 32_000),
+        TrainConfig(1_200_000, precision="bf16", log_every=100), 256, MaskedLMConfig.published(),
+    ),
 }  # fmt: skip
 ACOUSTIC_RECIPES = {
     "smoke": AcousticRecipe(Source(size="smoke"), loop=TrainConfig(steps=4), batch_size=4),
@@ -301,6 +314,10 @@ ACOUSTIC_RECIPES = {
     "gpu": AcousticRecipe(
         Source(size="gpu"), loop=TrainConfig(60_000, precision="bf16", log_every=100),
         batch_size=256, model=AcousticConfig(body=timed(512, 8, 8)),
+    ),
+    "paper": AcousticRecipe(
+        Source("librispeech", place="LibriSpeech"), Optim(1e-4, 32_000),
+        TrainConfig(1_200_000, precision="bf16", log_every=100), 256, AcousticConfig.published(),
     ),
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # %% ../../nbs/metis/workshop/speaking.ipynb #9b9b56c2
 from ..foundations.contracts import Codec, check_seconds, check_wav, samples_of
 from ..foundations.machine import pick_device
-from .acoustic import AcousticDecoder, write_codes
+from .acoustic import AcousticDecoder, steps_by_level, write_codes
 from .decoding import PRESETS, Guidance, Rule
 from .masked_lm import CONDITIONAL, MaskedLM, go_on
 from .ssl_tokens import SpeechToTokens
@@ -33,17 +33,14 @@ class Spoken(NamedTuple):
 
 @dataclass(frozen=True)
 class Writing:
-    "How both stages write."
+    "How the two stages write."
 
     rule: Rule = PRESETS["metis"]
-    steps: int = 16  # of the first stage
+    steps: int = 25  # of the first stage, at most one a token
+    guidance: Guidance = CONDITIONAL  # of the first stage; drops the prompt
+    level_rule: Rule = PRESETS["metis"]
     level_steps: tuple[int, ...] = (16, 8, 4, 2)  # of the second; further levels take one step
-    guidance: Guidance = CONDITIONAL  # of both; drops the prompt
-
-    def by_level(self, levels: int, frames: int) -> list[int]:
-        "Steps of each level, no more than there are frames to write."
-        steps = [*self.level_steps, *[1] * levels][:levels]
-        return [min(count, frames) for count in steps]
+    level_guidance: Guidance = CONDITIONAL
 
 
 @dataclass
@@ -59,6 +56,9 @@ class Metis:
         self.writer.config.tokens.check(self.reader.spec, "the reader's tokens")
         self.acoustic.config.tokens.check(self.reader.spec, "the reader's tokens")
         self.acoustic.config.codes.check(self.codec.spec, "the codec's codes")
+        rates = {self.reader.spec.sample_rate, self.codec.spec.sample_rate}
+        if len(rates) > 1:
+            raise ValueError(f"reader and codec have rates {sorted(rates)}; one is wanted")
 
     @classmethod
     def load(cls, writer: str = "metis-small", acoustic: str = "metis-acoustic-small") -> "Metis":
@@ -69,33 +69,49 @@ class Metis:
         codec = codec.to(device) if isinstance(codec, nn.Module) else codec
         return cls(SpeechToTokens.load(first.config.tokens.name), first, second, codec)
 
-    def _read(self, wav: Tensor) -> tuple[Tensor, Tensor]:
-        "Tokens (n,) and codes (n_q, frames) of a recording, at one rate for both."
-        rates = {self.reader.spec.sample_rate, self.codec.spec.sample_rate}
-        if len(rates) > 1:
-            raise ValueError(f"reader and codec have rates {sorted(rates)}; one is wanted")
-        wav = check_wav(wav, allow_silent=False)
+    def read(self, wav: Tensor, name: str = "wav") -> tuple[Tensor, Tensor]:
+        "Tokens (n,) and codes (n_q, frames) of one recording (1, 1, T)."
+        wav = check_wav(wav, name, allow_silent=False)
+        if len(wav) > 1:
+            raise ValueError(f"{name} has {len(wav)} signals; a list of (1, 1, T) is wanted")
         tokens = self.reader.encode(wav.to(self.reader.device))[0, 0]
         return tokens.cpu(), self.codec.encode(wav.to(self.codec.device))[0].cpu()
 
-    def _nothing(self) -> tuple[Tensor, Tensor]:
+    def _known(self, prompts: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        "Tokens and codes of each prompt; no frames of a missing one."
+        if not len(prompts):
+            raise ValueError("prompts are empty: no rows; for a voice of its own pass [None]")
         empty = torch.empty(0, dtype=torch.long)
-        return empty, empty.expand(self.codec.spec.n_q, 0)
+        nothing = empty, empty.expand(self.codec.spec.n_q, 0)
+        return [nothing if wav is None else self.read(wav, f"prompts[{i}]")
+                for i, wav in enumerate(prompts)]
 
     def _finish(
-        self, tokens: list[Tensor], prompts: list[tuple[Tensor, Tensor]], how: Writing, seed: int
-    ) -> list[Spoken]:
+        self, tokens: list[Tensor], prompts: list[tuple[Tensor, Tensor]], how: Writing, seed: int,
+        first_row: int,
+    ) -> list[Spoken]:  # fmt: skip
         "Tokens after prompts to codes and sound."
         whole = [torch.cat([known, new.cpu()]) for (known, _), new in zip(prompts, tokens)]
-        steps = how.by_level(self.codec.spec.n_q, min(map(len, tokens)))
-        codes = write_codes(self.acoustic, whole, [codes for _, codes in prompts], how.rule, steps,
-                            how.guidance, (seed, 1))  # fmt: skip
+        config, known = self.acoustic.config, [codes for _, codes in prompts]
+        for row in whole:
+            if (frames := config.frames_for(len(row))) > (most := config.body.context):
+                raise ValueError(f"prompt and new sound are {frames} frames; the acoustic decoder "
+                                 f"holds {most}")
+        new = [config.frames_for(len(row)) - codes.shape[1] for row, codes in zip(whole, known)]
+        plans = [steps_by_level(self.codec.spec.n_q, how.level_steps, max(1, n)) for n in new]
+        rest, codes = (how.level_guidance, (seed, 1)), []
+        if len(set(plans)) == 1:
+            codes = write_codes(self.acoustic, whole, known, how.level_rule, plans[0], *rest,
+                                first_row)  # fmt: skip
+        else:  # a short row takes fewer steps
+            for i, plan in enumerate(plans):
+                codes += write_codes(self.acoustic, whole[i : i + 1], known[i : i + 1],
+                                     how.level_rule, plan, *rest, first_row + i)  # fmt: skip
         found = []
-        for new, (_, known), row in zip(tokens, prompts, codes):
+        for tokens_of, start, row in zip(tokens, known, codes):
             wav = self.codec.decode(row[None].to(self.codec.device)).cpu()
-            start = known.shape[1]
-            after = samples_of(start, self.codec.spec.hop_length)
-            found.append(Spoken(wav[..., after:], new.cpu(), row[:, start:].cpu()))
+            after = samples_of(start.shape[1], self.codec.spec.hop_length)
+            found.append(Spoken(wav[..., after:], tokens_of.cpu(), row[:, start.shape[1] :].cpu()))
         return found
 
     def babble(
@@ -104,15 +120,20 @@ class Metis:
         seconds: float = 3.0,  # of new sound
         how: Writing = Writing(),
         seed: int = 0,
+        first_row: int = 0,  # number of the first row: row i alone is written as in a batch
     ) -> list[Spoken]:
         "Go on after each prompt. Its voice stays; the words are invented."
-        known = [self._nothing() if wav is None else self._read(wav) for wav in prompts]
+        known = self._known(prompts)
         length = round(check_seconds(seconds) * self.reader.spec.frame_rate)
-        if length < 1:
-            raise ValueError(f"seconds is {seconds}; at least one token must fit")
+        most = min(self.writer.config.body.context, self.acoustic.config.body.context)
+        longest = max(len(tokens) for tokens, _ in known)
+        if not 1 <= length <= most - longest:
+            room = (most - longest) / self.reader.spec.frame_rate
+            raise ValueError(f"seconds is {seconds}; after the longest prompt at least .02 and at "
+                             f"most {room:.2f} fit the models' context")
         tokens = go_on(self.writer, [t for t, _ in known], length, how.rule,
-                       min(how.steps, length), how.guidance, (seed, 0))  # fmt: skip
-        return self._finish(tokens, known, how, seed)
+                       min(how.steps, length), how.guidance, (seed, 0), first_row)  # fmt: skip
+        return self._finish(tokens, known, how, seed, first_row)
 
     def repeat(
         self,
@@ -120,7 +141,12 @@ class Metis:
         prompts: Sequence[Tensor | None],  # by whom; None: whatever the tokens say of it
         how: Writing = Writing(),
         seed: int = 0,
+        first_row: int = 0,
     ) -> list[Spoken]:
         "Write recordings anew from their SSL tokens, in the voices of the prompts."
-        known = [self._nothing() if wav is None else self._read(wav) for wav in prompts]
-        return self._finish([self._read(wav)[0] for wav in wavs], known, how, seed)
+        known = self._known(prompts)
+        if len(wavs) != len(prompts):
+            raise ValueError(f"{len(wavs)} wavs, {len(prompts)} prompts; the same number is wanted")
+        said = [self.read(wav, f"wavs[{i}]")[0] for i, wav in enumerate(wavs)]
+        return self._finish(said, known, how, seed, first_row)
+
