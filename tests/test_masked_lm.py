@@ -16,11 +16,12 @@ from speechlab.foundations.models import ModelError
 from speechlab.foundations.sampling import row_generators
 from speechlab.foundations.transformer import TransformerConfig
 from speechlab.metis.amphion import from_amphion
-from speechlab.metis.decoding import PRESETS, Guidance
+from speechlab.metis.decoding import PRESETS, Asked, Guidance, Moment
 from speechlab.metis.masked_lm import (
     MaskedLM,
     MaskedLMConfig,
     Masking,
+    _Behind,
     filled_in,
     go_on,
     masked_lm_loss,
@@ -388,3 +389,20 @@ def test_filled_in_equals_a_loop_and_a_model_that_knows_frequencies_only():
     for schedule in ("linear", "cosine"):
         again = filled_in(Constant(), rows, draws=64, schedule=schedule)
         assert again["bits_per_second"] == pytest.approx(wanted, rel=0.05)
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 9)), min_size=1, max_size=3))
+def test_a_dropped_prompt_is_a_hidden_one(shapes):
+    """What is behind it moves to the front; only distances count. Frames move along."""
+    model, draw = loud(MaskedLM(CONFIG)), torch.Generator().manual_seed(0)
+    starts, ends = (torch.tensor(n) for n in zip(*((p, p + n) for p, n in shapes)))
+    n = int(ends.max())
+    valid, prompt = mask_of(ends, n), mask_of(starts, n)
+    tokens = torch.randint(VOCABULARY, (len(shapes), n), generator=draw)
+    frames = torch.randn(len(shapes), n, 16, generator=draw).double()
+    asked = Asked(tokens, torch.arange(len(shapes)), torch.arange(1), Moment(0, 2))
+    time, behind = torch.full((len(shapes),), 0.7).double(), valid & ~prompt
+    hidden = model.hidden(tokens, time, behind, frames)
+    dropped = _Behind(prompt, valid).hidden(model, asked, time, frames)
+    apart = (dropped - hidden)[behind].abs().max()
+    assert apart < 1e-4  # rotary tables are float32

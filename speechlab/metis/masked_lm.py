@@ -237,6 +237,31 @@ def filled_in(
 CONDITIONAL = Guidance(0.0)  # no guidance
 
 
+class _Behind:
+    "The places behind the prompts, moved to the front of their rows."
+
+    def __init__(self, prompt: Tensor, valid: Tensor):
+        starts, ends = prompt.sum(dim=1, keepdim=True), valid.sum(dim=1, keepdim=True)
+        place = torch.arange(prompt.shape[1], device=valid.device)
+        most = int((ends - starts).max())
+        self.seen = place[:most] < ends - starts
+        self.there = (place[:most] + starts).minimum(ends - 1)  # where each comes from
+        self.back = (place - starts).clamp(0, most - 1)
+
+    def hidden(self, model, asked: Asked, time: Tensor, frames: Tensor | None) -> Tensor:
+        "What the model makes of them alone, (R, n, dim); in the prompt anything."
+        there, back = self.there[asked.rows], self.back[asked.rows].unsqueeze(2)
+        if frames is not None:
+            frames = frames.gather(1, there.unsqueeze(2).expand(-1, -1, frames.shape[2]))
+        seen = self.seen[asked.rows]
+        found = model.hidden(asked.tokens.gather(1, there), time, seen, frames)
+        return found.gather(1, back.expand(-1, -1, found.shape[2]))
+
+
+def _is_prefix(mask: Tensor) -> bool:
+    return bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+
 def write(
     model: MaskedLM,
     tokens: Tensor,  # (B, n): what is given
@@ -258,20 +283,20 @@ def write(
     valid = torch.ones_like(mask) if valid is None else valid
     if guidance.scale and prompt is None:
         raise ValueError("guidance needs a condition to leave out: give `prompt`")
+    drops = guidance.scale and _is_prefix(prompt) and _is_prefix(valid)
+    behind = _Behind(prompt, valid) if drops else None
 
     def tokens_to_logits(asked: Asked) -> Tensor:
         seen, own = valid[asked.rows], None if frames is None else frames[asked.rows]
         exact = torch.promote_types(model.out.weight.dtype, torch.float32)
         like = {"dtype": exact, "device": tokens.device}
         time = torch.full((len(asked.rows),), asked.moment.before, **like)
-        if not (scale := guidance.at(asked.moment)):
-            found = model.hidden(asked.tokens, time, seen, own)
-        else:
+        found = model.hidden(asked.tokens, time, seen, own)
+        if scale := guidance.at(asked.moment):
             blind = seen & ~prompt[asked.rows]
-            twice = None if own is None else own.repeat(2, 1, 1)
-            pair = model.hidden(asked.tokens.repeat(2, 1), time.repeat(2), torch.cat([seen, blind]),
-                                twice)  # fmt: skip
-            found = guidance.combine(*pair.chunk(2), scale, blind)
+            bare = (behind.hidden(model, asked, time, own) if behind
+                    else model.hidden(asked.tokens, time, blind, own))  # fmt: skip
+            found = guidance.combine(found, bare, scale, blind)
         return model.out(found.flatten(0, 1)[asked.where])
 
     return decode(tokens_to_logits, tokens, mask & valid, model.mask_id, rule, steps, seed,

@@ -212,7 +212,33 @@ _MASKED = (
         "speechlab.metis.schedules.likelihood_bound",
         "tests/test_metis.py::test_the_bound_bounds_and_is_tight_for_one_distribution",
     ),
+    Equation(
+        "Metis",
+        "text",
+        "guidance before the head, rescaled to the conditional's deviation",
+        r"e = e_c + s (e_c - e_u), \quad e \Big(\phi \tfrac{\mathrm{std}(e_c)}{\mathrm{std}(e)} "
+        r"+ 1 - \phi\Big)",
+        "speechlab.metis.decoding.Guidance.combine",
+        "tests/test_masked_lm.py::test_the_reference_loop_writes_our_tokens",
+    ),
+    Equation(
+        "Metis",
+        "text",
+        "how often each level of codes is trained",
+        r"p(j) = \frac{2 (N - j + 1)}{N (N + 1)}",
+        "speechlab.metis.acoustic.level_shares",
+        "tests/test_acoustic.py::test_levels_are_drawn_as_published",
+    ),
+    Equation(
+        "Metis",
+        "text",
+        "acoustic decoder: masked loss on one level of codes",
+        r"-\log p(a^{(j)}_i \mid a^{(j)}_t, a^{(<j)}, y)",
+        "speechlab.metis.acoustic.acoustic_loss",
+        "tests/test_acoustic.py::test_the_loss_is_the_mean_nll_of_hidden_codes_of_one_level",
+    ),
 )
+
 
 # %% ../../nbs/reference/equations.ipynb #19079922
 _SHARED = (
