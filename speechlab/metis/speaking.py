@@ -122,7 +122,7 @@ class Metis:
         seed: int = 0,
         first_row: int = 0,  # number of the first row: row i alone is written as in a batch
     ) -> list[Spoken]:
-        "Go on after each prompt. Its voice stays; the words are invented."
+        "Go on after each prompt, with invented words."
         known = self._known(prompts)
         length = round(check_seconds(seconds) * self.reader.spec.frame_rate)
         most = min(self.writer.config.body.context, self.acoustic.config.body.context)
