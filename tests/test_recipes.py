@@ -33,6 +33,8 @@ from speechlab.foundations.recipes import (
 from speechlab.foundations.training import NonFiniteLoss, TrainConfig
 from speechlab.lm.gpt import GPTConfig
 from speechlab.lm.hybrid import HybridConfig
+from speechlab.metis.acoustic import AcousticConfig
+from speechlab.metis.masked_lm import MaskedLMConfig, timed
 from speechlab.tokenizer.frame_codec import FrameCodecConfig
 from speechlab.tokenizer.rvq import RVQConfig
 from speechlab.tokenizer.speech_tokenizer import SpeechTokenizerConfig
@@ -53,6 +55,8 @@ def tiny(name: str, **changes) -> Recipe:
         "teacher-ft": {"start": ""},
         "gpt": {"model": GPTConfig()},
         "hybrid": {"model": HybridConfig()},
+        "metis": {"model": MaskedLMConfig(body=timed(32, 2, 2))},
+        "metis-acoustic": {"model": AcousticConfig(body=timed(32, 2, 2))},
     }
     return replace(RECIPES[name], **(known.get(name, {}) | changes))
 
@@ -161,9 +165,9 @@ OVERFIT = {  # name -> what changes, the metric, and the share of its first valu
     "speaker": ({"seconds": 3.0, "speeds": (1.0,), "optim": Optim(1e-2, 5)}, "loss", 0.5),
     "gpt": ({"optim": Optim(1e-2, 5)}, "loss", 0.4),
     "hybrid": ({"optim": Optim(1e-2, 5)}, "loss", 0.4),
-    "ssl-tokens": ({"seconds": 3.0, "optim": Optim(5e-3, 5)}, "rebuild_loss", 0.4),
-    "metis": ({"optim": Optim(1e-2, 5)}, "loss", 0.4),
-    "metis-acoustic": ({"optim": Optim(1e-2, 5)}, "loss", 0.3),
+    "ssl-tokens": ({"seconds": 3.0, "optim": Optim(5e-3, 5)}, "rebuild_loss", 0.3),
+    "metis": ({"optim": Optim(1e-2, 5)}, "loss", 0.25),
+    "metis-acoustic": ({"optim": Optim(1e-2, 5)}, "loss", 0.2),
 }
 
 
