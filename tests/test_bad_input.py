@@ -290,7 +290,7 @@ def test_bad_settings(settings, words):
 
 TAKES_CODES = {  # tested above, or with what they are made for
     "check_codes", "code_sums", "plot_codes", "token_quality", "check_mel", "build", "pack_codes",
-    "squeeze",
+    "squeeze", "acoustic_loss",
 }  # fmt: skip
 
 
