@@ -302,7 +302,7 @@ def test_babble_command(tmp_path, corpus, command):
     assert "0.40 s" in done.stdout, done.stderr
     assert load_wav(target)[0].shape == (1, 1, 6400)
     assert "--force overwrites" in command(*babble).stderr
-    assert "--seconds is 0" in command(*babble[:2], "--force", "--seconds", "0").stderr
+    assert "seconds is 0.0" in command(*babble[:2], "--force", "--seconds", "0").stderr
 
 
 def test_resynth_command(tmp_path, corpus, command):

@@ -13,6 +13,7 @@ from same_codes import assert_same_codes
 from speechlab import load
 from speechlab.foundations.models import shipped_models
 from speechlab.lm.hybrid import CausalMel
+from speechlab.metis.ssl_tokens import SpeechToTokens
 
 BEFORE = load_file(Path(__file__).parent / "data" / "golden.safetensors")
 CODECS = ("speechtokenizer-small", "encodec-small", "small-causal", "music-causal")
@@ -61,6 +62,33 @@ def test_judges_and_teachers(wav):
     for name in ("tiny-hubert", "tiny-hubert-ft"):
         found = load(name)(wav)[:, ::8]
         torch.testing.assert_close(found, BEFORE[f"{name}.features"].float(), atol=5e-3, rtol=5e-3)
+
+
+@torch.no_grad()
+def test_metis(wav):
+    tokens = BEFORE["ssl-tokens-small.tokens"].long()
+    reader = SpeechToTokens.load("ssl-tokens-small")
+    assert (reader.encode(wav)[0, 0] == tokens).float().mean() > 0.95  # ties may fall either way
+    rebuilt = reader.tokenizer.decode(tokens[None])[:, ::8]
+    torch.testing.assert_close(rebuilt, BEFORE["ssl-tokens-small.features"].float(), atol=5e-3,
+                               rtol=5e-3)  # fmt: skip
+    for name, found in metis_logits(tokens).items():
+        wanted = BEFORE[f"{name}.logits"].float()
+        torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-3)
+    assert load("metis-small").config.tokens == reader.spec
+    assert load("metis-acoustic-small").config.codes == load("speechtokenizer-small").spec
+
+
+def metis_logits(tokens) -> dict:
+    """What both stages predict of hidden places, every eighth logit of a few."""
+    writer, acoustic = load("metis-small"), load("metis-acoustic-small")
+    codes, n = BEFORE["speechtokenizer-small.codes"].long(), len(tokens)
+    mask, time = (torch.arange(n) % 3 == 0).unsqueeze(0), torch.tensor([0.4])
+    hidden = tokens[None].masked_fill(mask, writer.mask_id)
+    prompt = torch.arange(n).unsqueeze(0) < 10
+    finer = acoustic(codes, 2, mask, time, tokens[None], prompt)
+    return {"metis-small": writer(hidden, time)[:, ::9, ::8],
+            "metis-acoustic-small": finer[:, ::9, ::8]}  # fmt: skip
 
 
 def test_every_shipped_model_is_compared():
