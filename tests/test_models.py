@@ -250,7 +250,7 @@ def test_names():
         speechlab.load("nothing like it")
     with pytest.raises(ModelError, match="not to be had from the hub"):
         speechlab.load("nobody/nothing-of-this-name")
-    assert len(shipped_models()) == 11
+    assert len(shipped_models()) == 14
     for name in shipped_models():
         assert speechlab.load(name) is not None
 

@@ -231,6 +231,7 @@ def with_column(
                 remove_stale(parent.glob(f"{place.name}-*"), 0)  # we hold the lock
                 _write_values(place, column, compute_column(column, corpus))
                 found = _open_values(place)
+    found.about = column.about  # names are no part of the key
     return corpus.with_values(column.name, found)
 
 
