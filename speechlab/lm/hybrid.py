@@ -25,7 +25,8 @@ from ..foundations.training import TrainConfig
 from ..foundations.transformer import KVCache, Transformer, TransformerConfig
 from .generation import generate
 from .gpt import ENCODEC, GPT, GPT_CONFIGS, GPTConfig
-from .gpt_training import GPTRecipe, on_device
+from .gpt_training import GPTRecipe
+from ..tokenizer.codecs import on_device
 from ..tokenizer.speech_tokenizer import SpeechTokenizer
 from ..tokenizer.streaming import StreamState, TokenizerStream
 

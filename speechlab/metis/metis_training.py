@@ -20,7 +20,7 @@ from ..foundations.columns import Values, at_rate, codes_column, with_column
 from ..foundations.corpus import Corpus
 from ..foundations.evaluation import code_quality, phone_symbols
 from ..foundations.contracts import CodeSpec
-from ..foundations.machine import pick_device, seed_everything
+from ..foundations.machine import seed_everything
 from ..foundations.recipes import Optim, Recipe, Source, markdown_table
 from ..foundations.training import TrainConfig, Trainer
 from .acoustic import AcousticConfig, AcousticDecoder, acoustic_loss
@@ -33,7 +33,7 @@ from speechlab.metis.masked_lm import (
     timed,
 )
 from .ssl_tokens import SpeechToTokens, SSLTokenizer, SSLTokensConfig, load_teacher
-from ..tokenizer.codecs import load_codec
+from ..tokenizer.codecs import load_codec, on_device
 from ..tokenizer.teachers import TEACHER_HOP, TEACHER_RATE, Teacher, teacher_column
 
 # %% ../../nbs/metis/workshop/metis_training.ipynb #7ff4d414
@@ -107,11 +107,11 @@ def with_tokens(corpus: Corpus, name: str) -> Corpus:
     "The corpus with the column `ssl`: SSL tokens, read at 16 kHz whatever the corpus has."
     if "ssl" in corpus.columns:
         return corpus
-    column = codes_column(SpeechToTokens.load(name), name="ssl")
-    found = with_column(at_rate(corpus, TEACHER_RATE), column).columns["ssl"]
     hop = TEACHER_HOP * corpus.sample_rate
     if hop % TEACHER_RATE:
         raise ValueError(f"{corpus.sample_rate} Hz: no whole number of samples is 20 ms")
+    column = codes_column(SpeechToTokens.load(name), name="ssl")
+    found = with_column(at_rate(corpus, TEACHER_RATE), column).columns["ssl"]
     return corpus.with_values("ssl", Values(found.rows, hop // TEACHER_RATE, 0, found.about))
 
 
@@ -226,9 +226,7 @@ class AcousticRecipe(Recipe):
         corpus = with_tokens(corpus, self.tokens)
         if "codes" in corpus.columns:
             return corpus
-        codec = load_codec(self.codec)
-        codec = codec.to(pick_device()) if isinstance(codec, nn.Module) else codec
-        return with_column(corpus, codes_column(codec))
+        return with_column(corpus, codes_column(on_device(load_codec(self.codec))))
 
     def trainer(self, corpus: Corpus, folder: Path) -> Trainer:
         "Whole recordings, or cuts of `most` frames."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # %% ../../nbs/metis/workshop/speaking.ipynb #9b9b56c2
 from ..foundations.contracts import Codec, check_seconds, check_wav, samples_of
@@ -20,7 +20,7 @@ from .acoustic import AcousticDecoder, steps_by_level, write_codes
 from .decoding import PRESETS, Guidance, Rule
 from .masked_lm import CONDITIONAL, MaskedLM, go_on
 from .ssl_tokens import SpeechToTokens
-from ..tokenizer.codecs import load_codec
+from ..tokenizer.codecs import load_codec, on_device
 
 # %% ../../nbs/metis/workshop/speaking.ipynb #6f429fa4
 class Spoken(NamedTuple):
@@ -65,8 +65,7 @@ class Metis:
         "Two names, folders or hub ids; reader and codec are those that the configs name."
         device = pick_device()
         first, second = MaskedLM.load(writer, device), AcousticDecoder.load(acoustic, device)
-        codec = load_codec(second.config.codes.name)
-        codec = codec.to(device) if isinstance(codec, nn.Module) else codec
+        codec = on_device(load_codec(second.config.codes.name))
         return cls(SpeechToTokens.load(first.config.tokens.name), first, second, codec)
 
     def read(self, wav: Tensor, name: str = "wav") -> tuple[Tensor, Tensor]:
