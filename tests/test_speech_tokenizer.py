@@ -20,7 +20,12 @@ from speechlab.foundations.models import ModelError, publish, read_config
 from speechlab.foundations.recipes import Optim, Source, model_card
 from speechlab.foundations.store import last_checkpoint
 from speechlab.foundations.training import NonFiniteLoss, TrainConfig
-from speechlab.tokenizer.codec_training import CodecRecipe, tokenizer_report, tokenizer_text
+from speechlab.tokenizer.codec_training import (
+    CodecRecipe,
+    judged,
+    tokenizer_report,
+    tokenizer_text,
+)
 from speechlab.tokenizer.discriminators import DiscriminatorsConfig
 from speechlab.tokenizer.frame_codec import FrameCodecConfig
 from speechlab.tokenizer.losses import LossWeights
@@ -399,7 +404,7 @@ def test_feature_matching_compares_within_one_state_of_the_critics(tmp_path, cor
     before = {k: v.clone() for k, v in trainer.raw("critics").state_dict().items()}
     wav = noise(4000, batch=2)
     trainer._last_of_group = True
-    _, terms = trainer._step_function._critics(trainer, wav, wav.clone().requires_grad_(True))
+    _, terms = judged(trainer, wav, wav.clone().requires_grad_(True))
     assert any(
         not torch.equal(before[k], v) for k, v in trainer.raw("critics").state_dict().items()
     )

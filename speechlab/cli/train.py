@@ -30,6 +30,7 @@ def recipes() -> dict[str, dict]:  # name -> preset -> Recipe
     )
     from speechlab.tokenizer.codec_training import CODEC_RECIPES
     from speechlab.tokenizer.teacher_training import FINETUNE_RECIPES, HUBERT_RECIPES
+    from speechlab.tts.tts_training import FASTSPEECH2_RECIPES, VOCODER_RECIPES
 
     return {
         "codec": CODEC_RECIPES,
@@ -42,6 +43,8 @@ def recipes() -> dict[str, dict]:  # name -> preset -> Recipe
         "ssl-tokens": SSL_TOKENS_RECIPES,
         "metis": MASKED_LM_RECIPES,
         "metis-acoustic": ACOUSTIC_RECIPES,
+        "vocoder": VOCODER_RECIPES,
+        "fastspeech2": FASTSPEECH2_RECIPES,
     }
 
 

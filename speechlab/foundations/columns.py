@@ -212,7 +212,7 @@ def with_column(
     "The corpus with one more column, from the cache or computed now."
     contents = [[entry.id, entry.samples, corpus.content(entry)] for entry in corpus.entries]
     if not column.sound:
-        contents = [[row, entry.text, [p.ipa for p in entry.phones or ()]]
+        contents = [[row, entry.text, [[p.ipa, p.start, p.end, p.stress] for p in entry.phones or ()]]
                     for row, entry in zip(contents, corpus.entries)]
     key = digest(column.name, column.key, column.dtype, corpus.sample_rate, contents)
     if folder == "":

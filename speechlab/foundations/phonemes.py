@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCENTS', 'PAUSE', 'Voice', 'Phone', 'Spoken', 'clean_text', 'Request', 'run_process', 'run_worker', 'speak_all',
-           'speak']
+           'speak', 'phonemize']
 
 # %% ../../nbs/foundations/workshop/phonemes.ipynb #464f7908
 import ctypes
@@ -13,8 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import unicodedata
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +153,7 @@ def _load_library() -> tuple[ctypes.CDLL, Path]:
 
 # %% ../../nbs/foundations/workshop/phonemes.ipynb #6b3aa9c9
 class _Engine:
-    "espeak-ng in this process. One at a time; only the worker makes it."
+    "espeak-ng in this process. One at a time: see the worker, and `phonemize`."
 
     def __init__(self):
         self.library, self.data = _load_library()
@@ -363,3 +365,25 @@ def speak(
 ) -> Spoken:
     "Speak one sentence. For many, `speak_all` is faster: it starts one process."
     return speak_all([Request(text, voice, accent, seed)], sample_rate)[0]
+
+# %% ../../nbs/foundations/workshop/phonemes.ipynb #4e14ac0c
+_LOCK = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _engine() -> _Engine:
+    return _Engine()
+
+
+def phonemize(
+    text: str,  # English
+    accent: str = "us",  # a key of ACCENTS
+    voice: Voice = Voice(),  # its rate decides the times
+    sample_rate: int = 16000,  # Hz of the times
+) -> list[Phone]:
+    "The phones that espeak-ng reads a text as, with its own times. For many texts, in one process."
+    request = Request(clean_text(text), voice, accent)  # raises where it cannot be spoken
+    with _LOCK:
+        samples, events = _engine().speak(request.text, request.voice, request.accent)
+    scale = sample_rate / _RATE
+    return _phones_from_events(events, round(len(samples) * scale), scale)
