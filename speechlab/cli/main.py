@@ -37,6 +37,7 @@ COMMANDS = {  # words -> module and function
     "export": "codec:export",
     "evaluate": "bench:evaluate",
     "bench tokens": "bench:bench_tokens",
+    "speak": "speak:speak_text",
     "continue": "speak:continue_recording",
     "babble": "speak:babble",
 }

@@ -112,7 +112,7 @@ class Corpus(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return self._with(self.entries[index])
+            return self.with_entries(self.entries[index])
         entry = self.entries[index]
         return Utterance(self._read(entry, 0, entry.samples), self.sample_rate, entry)
 
@@ -124,7 +124,8 @@ class Corpus(Sequence):
             raise ValueError(f"samples {start} to {stop} of {entry.id}, which has {entry.samples}")
         return self._read(entry, start, stop)
 
-    def _with(self, entries: Sequence[Entry]) -> "Corpus":
+    def with_entries(self, entries: Sequence[Entry]) -> "Corpus":
+        "The corpus of these entries: some of its own, or its own with more known about them."
         shared = (self._read, self.sample_rate, self.name, self._content, self.columns)
         return Corpus(entries, *shared)
 
@@ -133,7 +134,7 @@ class Corpus(Sequence):
         lost = [entry.id for entry in self.entries if entry.id not in values]
         if lost:
             raise ValueError(f"column {name!r} has no value for {lost[0]} and {len(lost) - 1} more")
-        found = self._with(self.entries)
+        found = self.with_entries(self.entries)
         found.columns[name] = values
         return found
 
@@ -153,7 +154,7 @@ class Corpus(Sequence):
 
     def filter(self, keep: Callable[[Entry], bool]) -> "Corpus":
         "The corpus of the entries for which `keep` is true."
-        return self._with([entry for entry in self.entries if keep(entry)])
+        return self.with_entries([entry for entry in self.entries if keep(entry)])
 
     def split(self, name: str) -> "Corpus":
         "The corpus of one split: train, valid or test."

@@ -48,7 +48,7 @@ def with_heard_texts(corpus: Corpus, recognizer) -> Corpus:
             except TooShortError:
                 heard = ""
         entries.append(replace(entry, text=heard))
-    return corpus._with(entries)
+    return corpus.with_entries(entries)
 
 
 def compare_codecs(
