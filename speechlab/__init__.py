@@ -52,6 +52,7 @@ __all__ = ["__version__", "load", *sorted(_HOMES)]
 # model_type in config.json -> the class that reads it
 MODEL_HOMES = {
     "acoustic-decoder": ("metis.acoustic", "AcousticDecoder"),
+    "fastspeech2": ("tts.fastspeech2", "FastSpeech2"),
     "gpt": ("lm.gpt", "GPT"),
     "hybrid-gpt": ("lm.hybrid", "HybridGPT"),
     "masked-lm": ("metis.masked_lm", "MaskedLM"),
@@ -61,6 +62,7 @@ MODEL_HOMES = {
     "speaker-encoder": ("foundations.judges", "SpeakerEncoder"),
     "ssl-tokens": ("metis.ssl_tokens", "SSLTokenizer"),
     "speech-tokenizer": ("tokenizer.speech_tokenizer", "SpeechTokenizer"),
+    "vocoder": ("tts.vocoder", "Vocoder"),
 }
 MODEL_HOMES |= dict.fromkeys(
     ("hubert", "wavlm", "wav2vec2", "wav2vec2-bert"), ("tokenizer.teachers", "Teacher")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,31 @@ def real_speech():
     if not (REAL / "ljspeech" / "metadata.csv").exists():
         pytest.skip("no real recordings beside the checkout")
     return REAL
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    stdout: str
+    stderr: str
+    returncode: int
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command in this process: a subprocess would prove no more and import torch again."""
+
+    def run(*arguments: str) -> Done:
+        from speechlab.cli.main import main
+
+        capsys.readouterr()
+        code = 0
+        try:
+            main(list(arguments))
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return Done(said.out, said.err, code)
+
+    return run

@@ -39,6 +39,8 @@ from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig
 from speechlab.tokenizer.seanet import SEANetConfig
 from speechlab.tokenizer.speech_tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from speechlab.tokenizer.teachers import Teacher, tiny_hubert
+from speechlab.tts.fastspeech2 import FastSpeech2, FastSpeech2Config, FFTConfig
+from speechlab.tts.vocoder import FramesConfig, HiFiGANConfig, Vocoder, VocoderConfig
 
 RVQ = RVQConfig(dim=8, n_q=2, codebook_size=8, kmeans_iterations=0)
 FRAMES = FrameCodecConfig(dim=8, width=8, encoder_blocks=1, decoder_blocks=1)
@@ -64,6 +66,17 @@ MADE = {  # a small one of each class, and a nested key of its config
     "acoustic-decoder": (
         lambda: AcousticDecoder(AcousticConfig(CODES, TOKENS, replace(BODY, condition_dim=8))),
         "body",
+    ),
+    "fastspeech2": (
+        lambda: FastSpeech2(FastSpeech2Config(
+            ("a", "b"), dim=8, encoder=FFTConfig(2, (1, 2), 4, 4, (8, 6), 3),
+            decoder=FFTConfig(1, 1, 4, 4, 8, 3), predictor_hidden=(4, 6), postnet=(4,), bins=4)),
+        "encoder",
+    ),
+    "vocoder": (lambda: Vocoder(VocoderConfig(net=FramesConfig(width=8, blocks=1))), "net"),
+    "vocoder, hifigan": (
+        lambda: Vocoder(VocoderConfig(net=HiFiGANConfig(16, block_kernels=(3,)))),
+        "mel",
     ),
 }
 each = pytest.mark.parametrize("name", MADE)

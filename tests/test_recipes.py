@@ -38,6 +38,8 @@ from speechlab.metis.masked_lm import MaskedLMConfig, timed
 from speechlab.tokenizer.frame_codec import FrameCodecConfig
 from speechlab.tokenizer.rvq import RVQConfig
 from speechlab.tokenizer.speech_tokenizer import SpeechTokenizerConfig
+from speechlab.tts.fastspeech2 import FastSpeech2Config, FFTConfig
+from speechlab.tts.vocoder import FramesConfig, VocoderConfig
 
 RECIPES = {name: presets["smoke"] for name, presets in recipes().items()}
 each = pytest.mark.parametrize("name", RECIPES)
@@ -57,6 +59,9 @@ def tiny(name: str, **changes) -> Recipe:
         "hybrid": {"model": HybridConfig()},
         "metis": {"model": MaskedLMConfig(body=timed(32, 2, 2))},
         "metis-acoustic": {"model": AcousticConfig(body=timed(32, 2, 2))},
+        "vocoder": {"model": VocoderConfig(net=FramesConfig(width=32, blocks=1)), "seconds": 0.256},
+        "fastspeech2": {"model": FastSpeech2Config.small(
+            dim=32, encoder=FFTConfig(1, 2, 8, 8, 32, 3), decoder=FFTConfig(1, 2, 8, 8, 32, 3))},
     }
     return replace(RECIPES[name], **(known.get(name, {}) | changes))
 
@@ -168,6 +173,8 @@ OVERFIT = {  # name -> what changes, the metric, and the share of its first valu
     "ssl-tokens": ({"seconds": 3.0, "optim": Optim(5e-3, 5)}, "rebuild_loss", 0.3),
     "metis": ({"optim": Optim(1e-2, 5)}, "loss", 0.25),
     "metis-acoustic": ({"optim": Optim(1e-2, 5)}, "loss", 0.2),
+    "vocoder": ({"seconds": 3.0, "critics_from": 1.0, "optim": Optim(5e-3)}, "mel", 0.3),
+    "fastspeech2": ({"optim": Optim(1e-2, 5)}, "loss", 0.3),
 }
 
 

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -180,32 +179,6 @@ def test_no_registry_hosts_in_tracked_files():
 
 
 # The command line
-
-
-@dataclass
-class Done:
-    """How a command ended."""
-
-    stdout: str
-    stderr: str
-    returncode: int
-
-
-@pytest.fixture
-def command(capsys):
-    """Runs a command in this process: a subprocess would prove no more and import torch again."""
-
-    def run(*arguments: str) -> Done:
-        capsys.readouterr()
-        code = 0
-        try:
-            main(list(arguments))
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return Done(said.out, said.err, code)
-
-    return run
 
 
 def test_the_entry_point_is_installed():

@@ -204,11 +204,17 @@ def regulate(
     return x.gather(1, which.unsqueeze(-1).expand(-1, -1, x.shape[2])) * valid.unsqueeze(-1), valid
 
 
-def whole_frames(durations: Tensor) -> Tensor:  # (B, n) of frames with fractions -> int64
+def whole_frames(
+    durations: Tensor,  # (B, n) frames, with fractions
+    valid: Tensor | None = None,  # (B, n) bool
+) -> Tensor:  # (B, n) int64
     "Round the boundaries, not the durations: errors do not add up. At least one frame a row."
+    if valid is not None:
+        durations = durations * valid
     ends = durations.double().cumsum(dim=1).round().long()
-    ends[:, -1].clamp_(min=1)
-    return F.pad(ends, (1, 0)).diff(dim=1)
+    last = durations.shape[1] - 1 if valid is None else valid.sum(dim=1, keepdim=True) - 1
+    behind = torch.arange(durations.shape[1], device=durations.device) >= last
+    return F.pad(torch.where(behind, ends.clamp(min=1), ends), (1, 0)).diff(dim=1)
 
 # %% ../../nbs/tts/03_fastspeech2.ipynb #75c155c4
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -346,7 +352,7 @@ class FastSpeech2(Model):
         x = x + self.energy(loud)
         lasting = predicted[0].expm1().clamp(min=0) if prosody is None else prosody.durations
         lasting = lasting / torch.as_tensor(speed, device=x.device)
-        lasting = whole_frames(lasting if valid is None else lasting * valid)
+        lasting = whole_frames(lasting, valid)
         x, sounding = regulate(x, lasting, frames)
         x = self.decoder((x + who) * sounding.unsqueeze(-1), sounding)
         mel = self.out(x).transpose(1, 2)
