@@ -24,11 +24,13 @@ from speechlab.foundations import (
     outside_judges,
 )
 from speechlab.foundations.contracts import AudioError, CodeSpec
+from speechlab.foundations.phonemes import Phone
 from speechlab.foundations.transformer import TransformerConfig
 from speechlab.lm import hybrid
 from speechlab.tokenizer import codecs, files, losses, speech_tokenizer, streaming, teachers
 from speechlab.tokenizer.frame_codec import FrameCodecConfig
 from speechlab.tokenizer.rvq import ResidualVQ, RVQConfig
+from speechlab.tts import alignment, mels, prosody
 
 GOOD = torch.linspace(-0.5, 0.5, 16000).view(1, 1, -1)
 TWO = GOOD.expand(2, 1, -1)
@@ -137,10 +139,16 @@ TAKES_MORE |= {
     "SpeechTokenizer": lambda wav: tiny_tokenizer().encode(wav),
     "UnitsCodec": lambda wav: tiny_units().encode(wav),
     "TransformersCodec": lambda wav: tiny_encodec().encode(wav),
+    "SpeechMel": lambda wav: mels.SpeechMel()(wav),
+    "PitchTrack": lambda wav: prosody.PitchTrack()(wav),
+    "EnergyTrack": lambda wav: prosody.EnergyTrack()(wav),
+    "align": lambda wav: alignment.align(
+        judges.Recognizer(judges.RecognizerConfig(("a",), width=4)), wav, [Phone("a", 0, 1)]
+    ),
     "si_sdr": None,  # any shape: its own tests
 }
 INTERNAL = {  # of networks and codecs; their callers check
-    "pad_for_frames", "change_speed", "change_voice", "in_rows", "write_sound",
+    "pad_for_frames", "change_speed", "change_voice", "in_rows", "write_sound", "judged",
 }  # fmt: skip
 TAKES_MORE |= dict.fromkeys(INTERNAL)
 

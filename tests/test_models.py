@@ -75,7 +75,7 @@ MADE = {  # a small one of each class, and a nested key of its config
     ),
     "vocoder": (lambda: Vocoder(VocoderConfig(net=FramesConfig(width=8, blocks=1))), "net"),
     "vocoder, hifigan": (
-        lambda: Vocoder(VocoderConfig(net=HiFiGANConfig(16, block_kernels=(3,)))),
+        lambda: Vocoder(VocoderConfig(net=HiFiGANConfig(channels=16, block_kernels=(3,)))),
         "mel",
     ),
 }

@@ -60,7 +60,7 @@ TINY = FastSpeech2Config(
     postnet_kernel=3,
 )  # fmt: skip
 NETS = {"frames": FramesConfig(width=16, blocks=2, expansion=2),
-        "hifigan": HiFiGANConfig(16, block_kernels=(3, 5), dilations=(1, 3))}
+        "hifigan": HiFiGANConfig(channels=16, block_kernels=(3, 5), dilations=(1, 3))}
 
 
 def tiny(**changes) -> FastSpeech2:

@@ -84,11 +84,12 @@ class PitchTrack(nn.Module):
         self.spec, self.lowest, self.highest = spec, lowest, highest
 
     def forward(self, wav: Tensor) -> Tensor:
+        check_wav(wav)
         rate, hop = self.spec.sample_rate, self.spec.hop_length
         size = round(4 * rate / self.lowest / 2) * 2  # four periods of the lowest pitch
         side = (size - hop) // 2
         right = size - hop - side + -wav.shape[-1] % hop
-        signal = F.pad(check_wav(wav), (side, right))[0, 0].cpu().numpy()
+        signal = F.pad(wav, (side, right))[0, 0].cpu().numpy()
         require("evaluation", "librosa")
         track, voiced, _ = compiled_librosa().pyin(
             signal, fmin=self.lowest, fmax=self.highest, sr=rate, frame_length=size,
