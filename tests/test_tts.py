@@ -445,6 +445,19 @@ def test_predictions_are_in_the_deviations_of_the_voice():
     assert torch.allclose(wanted[:, 0], (prosody.durations + 1.0).log())
 
 
+def test_unknown_pitch_is_the_mean_of_the_voice():
+    """pYIN hears no voice at all in some recordings; a target of -65 deviations taught nonsense."""
+    model = tiny()
+    model.normal[1, 0] = 5.5
+    phones, valid, prosody = some_phones(6)
+    nothing = prosody._replace(pitch=torch.zeros_like(prosody.pitch))
+    mean = prosody._replace(pitch=torch.full_like(prosody.pitch, 5.5))
+    who = torch.tensor([1])
+    assert not model.normalised(nothing, who)[:, 1].any()
+    one, two = (model(phones, who, valid, p).refined for p in (nothing, mean))
+    assert torch.equal(one, two)
+
+
 def test_the_loss_equals_a_loop():
     model = tiny()
     phones, valid, prosody = some_phones(7, 3)

@@ -110,6 +110,7 @@ def reproduce_study(
         corpus_heard,
         distillation_settings,
         real_speech,
+        spoken_text,
         study,
         token_benchmark,
         whisper_gpt,
@@ -117,7 +118,9 @@ def reproduce_study(
 
     if name:
         return print(f"wrote {study.reproduce(name, scale, folder, out)}")
-    modules = (whisper_gpt, distillation_settings, token_benchmark, real_speech, corpus_heard)
+    modules = (
+        whisper_gpt, distillation_settings, token_benchmark, real_speech, corpus_heard, spoken_text,
+    )  # fmt: skip
     print(f"{len(study.STUDIES)} studies in {', '.join(m.__name__ for m in modules)}")
     for one in study.STUDIES.values():
         print(f"  {one.name:14} {one.claim}")

@@ -256,7 +256,7 @@ class Prosody(NamedTuple):
     "Three numbers for each phone, (B, n) each."
 
     durations: Tensor  # frames; int64
-    pitch: Tensor  # natural log of F0 in Hz
+    pitch: Tensor  # natural log of F0 in Hz; 0 where nobody knows: the voice's mean is taken
     energy: Tensor  # natural log of the root mean square
 
 
@@ -320,7 +320,8 @@ class FastSpeech2(Model):
     def normalised(self, prosody: Prosody, speakers: Tensor) -> Tensor:  # (B, 3, n)
         "What the predictors should say: log(frames + 1), pitch and energy in deviations."
         p, p_scale, e, e_scale = self._normal(speakers)
-        parts = ((prosody.pitch - p) / p_scale, (prosody.energy - e) / e_scale)
+        high = torch.where(prosody.pitch > 0, prosody.pitch, p)
+        parts = ((high - p) / p_scale, (prosody.energy - e) / e_scale)
         return torch.stack([prosody.durations.float().log1p(), *parts], dim=1)
 
     def forward(
@@ -342,7 +343,10 @@ class FastSpeech2(Model):
         x = x if valid is None else x * valid.unsqueeze(-1)
         predicted = [self.predictors["duration"](x, valid), self.predictors["pitch"](x, valid)]
         p, p_scale, e, e_scale = self._normal(speakers)
-        high = p + p_scale * predicted[1] if prosody is None else prosody.pitch
+        if prosody is None:
+            high = p + p_scale * predicted[1]
+        else:
+            high = torch.where(prosody.pitch > 0, prosody.pitch, p)
         high = high + torch.as_tensor(pitch, device=x.device).log()
         x = x + self.pitch(high)
         x = x if valid is None else x * valid.unsqueeze(-1)
