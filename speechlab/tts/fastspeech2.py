@@ -36,7 +36,7 @@ class FFTConfig:
     value_dim: PerLayer = 128  # d_v, per head
     hidden: PerLayer = 1024  # d_ff, channels between the two convolutions
     kernel_size: int = 9  # of the first convolution; the second has 1
-    dropout: float = 0.2
+    dropout: float = 0.2  # of what is added to the residual; attention itself has none
 
     def __post_init__(self):
         if self.kernel_size % 2 == 0 or not 0 <= self.dropout < 1:
@@ -49,7 +49,6 @@ class FFTConfig:
         return TransformerConfig(
             dim, self.layers, self.heads, key_dim=self.key_dim, value_dim=self.value_dim,
             ffn_dim=self.hidden, norm="layer", positions="none", activation="gelu", bias=True,
-            dropout=self.dropout,
         )  # fmt: skip
 
 

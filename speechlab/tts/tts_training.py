@@ -102,8 +102,8 @@ class FastSpeech2Recipe(Recipe):
     "FastSpeech2 for all training voices of a corpus with phones."
 
     optim: Optim = Optim(lr=2e-3, warmup=200, final=0.02, betas=(0.9, 0.98), weight_decay=1e-4)
-    loop: TrainConfig = TrainConfig(steps=6000, log_every=50)
-    batch_size: int = 16
+    loop: TrainConfig = TrainConfig(steps=4500, log_every=50)
+    batch_size: int = 8
     model: FastSpeech2Config = FastSpeech2Config.small()  # its speakers are the corpus's
 
     def columns(self, corpus: Corpus) -> Corpus:
