@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCENTS', 'PAUSE', 'Voice', 'Phone', 'Spoken', 'clean_text', 'Request', 'run_process', 'run_worker', 'speak_all',
-           'speak', 'phonemize']
+           'speak', 'phonemize_words', 'phonemize']
 
 # %% ../../nbs/foundations/workshop/phonemes.ipynb #464f7908
 import ctypes
@@ -375,15 +375,37 @@ def _engine() -> _Engine:
     return _Engine()
 
 
-def phonemize(
+def phonemize_words(
     text: str,  # English
     accent: str = "us",  # a key of ACCENTS
     voice: Voice = Voice(),  # its rate decides the times
     sample_rate: int = 16000,  # Hz of the times
-) -> list[Phone]:
-    "The phones that espeak-ng reads a text as, with its own times. For many texts, in one process."
+) -> list[tuple[str, list[Phone]]]:  # word and its phones; a pause has the word ""
+    "The phones that espeak-ng reads a text as, word by word. In this process, for many texts."
     request = Request(clean_text(text), voice, accent)  # raises where it cannot be spoken
     with _LOCK:
         samples, events = _engine().speak(request.text, request.voice, request.accent)
     scale = sample_rate / _RATE
-    return _phones_from_events(events, round(len(samples) * scale), scale)
+    phones = _phones_from_events(events, round(len(samples) * scale), scale)
+    starts, groups = _words_from_events(events, request.text, scale), []
+    for phone in phones:
+        word = ""
+        if phone.ipa != PAUSE:
+            while len(starts) > 1 and starts[1][0] <= phone.start:
+                starts.pop(0)
+            word = starts[0] if starts else (0, "")
+        if not groups or groups[-1][0] != word:
+            groups.append((word, []))
+        groups[-1][1].append(phone)
+    return [(word[1] if word else "", found) for word, found in groups]
+
+
+def phonemize(
+    text: str,  # English
+    accent: str = "us",  # a key of ACCENTS
+    voice: Voice = Voice(),
+    sample_rate: int = 16000,  # Hz of the times
+) -> list[Phone]:
+    "The phones that espeak-ng reads a text as, with its own times."
+    words = phonemize_words(text, accent, voice, sample_rate)
+    return [phone for _, phones in words for phone in phones]

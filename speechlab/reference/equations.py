@@ -303,7 +303,36 @@ _MEASURES = (
         "tests/test_evaluation.py::test_mcd_has_the_usual_constant",
     ),
 )
-EQUATIONS = _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED + _LANGUAGE + _MASKED
+_SPOKEN = (
+    Equation(
+        "Personalised TTS by pruning",
+        "P2",
+        "the FFT block",
+        r"X = \mathrm{LN}(\mathrm{MHA}(X) + X), \quad X = \mathrm{LN}(\mathrm{FFN}(X) + X)",
+        "speechlab.tts.fastspeech2.FFTBlock",
+        "tests/test_tts.py::test_the_block_equals_a_loop",
+    ),
+    Equation(
+        "FastSpeech 2",
+        "loss",
+        "mel, refined mel, durations, pitch, energy",
+        r"\lVert \hat m - m \rVert_1 + \lVert \hat m' - m \rVert_1 + \lVert \hat p - p \rVert_2^2 + "
+        r"\lVert \hat e - e \rVert_2^2 + \lVert \log(\hat d + 1) - \log(d + 1) \rVert_2^2",
+        "speechlab.tts.fastspeech2.fastspeech2_loss",
+        "tests/test_tts.py::test_the_loss_equals_a_loop",
+    ),
+    Equation(
+        "Attention is all you need",
+        "3.5",
+        "positions of the FFT stacks",
+        r"\sin(t / 10000^{2i/d}), \quad \cos(t / 10000^{2i/d})",
+        "speechlab.tts.fastspeech2.sinusoids",
+        "tests/test_tts.py::test_positions",
+    ),
+)
+EQUATIONS = (
+    _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED + _LANGUAGE + _MASKED + _SPOKEN
+)
 
 
 def as_markdown(rows: tuple[Equation, ...] = EQUATIONS) -> str:
