@@ -18,7 +18,7 @@ from speechlab.foundations.batches import BucketBatches, pad_last
 from speechlab.foundations.contracts import mask_of
 from speechlab.foundations.corpus import CORPUS_ACCENTS, embedded_corpus
 from speechlab.foundations.phonemes import ACCENTS, PAUSE, Phone, phonemize, speak
-from speechlab.tts import alignment
+from speechlab.tts import alignment, vocoder_export
 from speechlab.tts.fastspeech2 import (
     Bins,
     FastSpeech2,
@@ -618,6 +618,20 @@ def test_hifigan_has_the_published_layers():
         wanted += a * b * kernel + b
         wanted += sum(6 * (b * b * k + b) for k in (3, 7, 11))
     assert sum(p.numel() for p in model.parameters()) == wanted
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_exported_vocoders(kind, tmp_path):
+    """Free length, the same sound, no Fourier operator; a changed weight is noticed."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = Vocoder(VocoderConfig(net=NETS[kind])).eval()
+    model.mel_mean.normal_()
+    path = vocoder_export.export_vocoder(model, tmp_path / "v.onnx")
+    assert not {n.op_type for n in onnx.load(path).graph.node} & {"DFT", "STFT", "FFT"}
+    with pytest.raises(RuntimeError, match="off by"):
+        vocoder_export.export_vocoder(model, tmp_path / "w.onnx", tolerance=-1.0)
+    assert not (tmp_path / "w.onnx").exists()
 
 
 # Text to sound
