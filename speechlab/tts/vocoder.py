@@ -53,7 +53,7 @@ class VocoderConfig:
     net: FramesConfig | HiFiGANConfig = FramesConfig()
 
     def __post_init__(self):
-        if isinstance(self.net, HiFiGANConfig):
+        if self.net.kind == "hifigan":
             product = 1
             for stride in self.net.strides:
                 product *= stride
@@ -153,7 +153,7 @@ class Vocoder(Model):
     def __init__(self, config: VocoderConfig = VocoderConfig()):
         super().__init__()
         self.config = config
-        if isinstance(config.net, HiFiGANConfig):
+        if config.net.kind == "hifigan":
             self.net, self.reach = HiFiGAN(config.net, config.mel.n_mels), 0
             self.reach = self.net.reach
         else:
