@@ -263,7 +263,7 @@ def test_names():
         speechlab.load("nothing like it")
     with pytest.raises(ModelError, match="not to be had from the hub"):
         speechlab.load("nobody/nothing-of-this-name")
-    assert len(shipped_models()) == 14
+    assert len(shipped_models()) == 16
     for name in shipped_models():
         assert speechlab.load(name) is not None
 
