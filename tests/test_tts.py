@@ -179,12 +179,14 @@ def test_phone_means_are_those_of_a_loop(rows):
     total = max(1, int(durations.sum(1).max()))
     values = torch.randn(len(rows), total, generator=torch.Generator().manual_seed(1))
     found = phone_means(values, durations)
-    for row, lasting, means in zip(values.double(), durations.tolist(), found):
-        place = 0
-        for count, mean in zip(lasting, means):
-            here = row[place : place + count].mean() if count else row[min(place, total - 1)]
+    for row, own, means in zip(values.double(), rows, found):
+        place, end = 0, max(0, sum(own) - 1)  # nothing behind the row's own last frame is read
+        for count, mean in zip(own, means):
+            here = row[place : place + count].mean() if count else row[min(place, end)]
             assert abs(float(here) - float(mean)) < 1e-6
             place += count
+    padded = torch.cat([values, torch.full_like(values, 99.0)], dim=1)
+    assert torch.allclose(phone_means(padded, durations), found)
     with pytest.raises(ValueError, match="add up to"):
         phone_means(values[:, :-1] if total > 1 else values[:, :0], durations + 1)
 
@@ -433,6 +435,23 @@ def test_each_control_moves_what_it_names():
     assert ((one.used.pitch != plain.used.pitch)[0]).nonzero().flatten().tolist() == [3]
 
 
+def test_controls_of_predicted_prosody():
+    """The energy was predicted from a pitch that had been turned, and moved with it."""
+    model = tiny(smooth=True)
+    with torch.no_grad():
+        model.predictors["duration"].out.bias.add_(1.5)
+    phones, valid, _ = some_phones(8)
+    who = torch.tensor([1])
+    plain = model(phones, who, valid)
+    for name in ("pitch", "energy", "speed"):
+        turned = model(phones, who, valid, **{name: 1.5})
+        for field in ("durations", "pitch", "energy"):
+            same = torch.equal(getattr(turned.used, field), getattr(plain.used, field))
+            assert same != (field.startswith(name[:3]) or (name, field) == ("speed", "durations"))
+    far = model(phones, who, valid, pitch=50.0).used.pitch
+    assert torch.allclose(far.exp(), torch.tensor(500.0))  # what the table knows
+
+
 def test_predictions_are_in_the_deviations_of_the_voice():
     model = tiny()
     model.normal[1] = torch.tensor([5.5, 0.3, -2.0, 0.5])
@@ -518,11 +537,23 @@ def test_bad_arguments_are_named():
             model(bad, who)
     with pytest.raises(ValueError, match="2 speakers for 1 rows"):
         model(phones, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"speakers hold \[3\]; this model has 3 voices"):
+        model(phones, torch.tensor([3]))
+    for name in ("pitch", "energy", "speed"):
+        for value in (0.0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"{name} is"):
+                model(phones, who, **{name: value})
+    three = Prosody(torch.ones(1, 4).long(), torch.ones(1, 4), torch.ones(1, 4))
+    with pytest.raises(ValueError, match=r"prosody.pitch has shape \(1, 1\), wanted \(1, 4\)"):
+        model(phones, who, None, three._replace(pitch=torch.ones(1, 1)))
+    with pytest.raises(ValueError, match="negative"):
+        model(phones, who, None, three._replace(durations=-three.durations))
     with pytest.raises(ValueError, match="valid is"):
         model(phones, who, valid[:, :2])
     with pytest.raises(ValueError, match="no voice 'amn'; did you mean ann"):
         model.speaker_numbers(["amn"])
-    for wrong in ({"speakers": ()}, {"speakers": ("a", "a")}, {"dim": 7}, {"lowest": 900.0}):
+    for wrong in ({"speakers": ()}, {"speakers": ("a", "a")}, {"dim": 7}, {"lowest": 900.0},
+                  {"predictor_kernel": 4}, {"postnet_kernel": 2}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("lowest", "pitch")):
             FastSpeech2Config(**wrong)
     for wrong in ({"kernel_size": 4}, {"dropout": 1.0}, {"heads": (1, 2)}):
@@ -603,6 +634,10 @@ def test_vocoder_batches_and_chunks(kind):
 def test_vocoder_refuses():
     with pytest.raises(ValueError, match="strides"):
         VocoderConfig(net=HiFiGANConfig(strides=(8, 8, 2)))
+    for wrong in ({"kernels": (15, 16, 4, 4)}, {"kernels": (7, 16, 4, 4)}, {"channels": 8},
+                  {"block_kernels": (4,)}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            HiFiGANConfig(**wrong)
     model = Vocoder(VocoderConfig(net=NETS["frames"]))
     for bad in (torch.zeros(1, 64, 5), torch.zeros(80, 5), torch.zeros(1, 80, 0),
                 torch.zeros(1, 80, 5).long(), torch.full((1, 80, 5), float("nan"))):  # fmt: skip
@@ -621,16 +656,24 @@ def test_hifigan_has_the_published_layers():
 
 
 @pytest.mark.parametrize("kind", NETS)
-def test_exported_vocoders(kind, tmp_path):
-    """Free length, the same sound, no Fourier operator; a changed weight is noticed."""
+def test_exported_vocoders(kind, tmp_path, monkeypatch):
+    """Free length, the same sound, no Fourier operator; a graph of another model is noticed."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     model = Vocoder(VocoderConfig(net=NETS[kind])).eval()
     model.mel_mean.normal_()
     path = vocoder_export.export_vocoder(model, tmp_path / "v.onnx")
     assert not {n.op_type for n in onnx.load(path).graph.node} & {"DFT", "STFT", "FFT"}
+    real = vocoder_export.VocoderGraph.forward
+    calls = []
+
+    def drifting(self, mel):  # the traced graph is another one than what is checked against
+        calls.append(mel.shape)
+        return real(self, mel) + (0.01 if len(calls) > 1 else 0.0)
+
+    monkeypatch.setattr(vocoder_export.VocoderGraph, "forward", drifting)
     with pytest.raises(RuntimeError, match="off by"):
-        vocoder_export.export_vocoder(model, tmp_path / "w.onnx", tolerance=-1.0)
+        vocoder_export.export_vocoder(model, tmp_path / "w.onnx")
     assert not (tmp_path / "w.onnx").exists()
 
 
@@ -769,6 +812,12 @@ def test_textgrids(tmp_path):
     assert kept.phones == (Phone("ɑː", 0, one.samples, 1),)
     with pytest.raises(ValueError, match="has no TextGrid"):
         alignment.textgrid_corpus(corpus, tmp_path / "none")
+    unknown = [(0, 0.5, "spn"), (0.5, 1, "T")]
+    with pytest.raises(ValueError, match=r"e.TextGrid: holds spn"):
+        alignment.read_textgrid(grid(tmp_path / "e.TextGrid", unknown), 16000, 16000)
+    close = [(0, 0.20003, "T"), (0.20008, 1, "AA1")]
+    found = alignment.read_textgrid(grid(tmp_path / "f.TextGrid", close), 16000, 16000)
+    assert found[0].end == found[1].start
 
 
 def test_forced_alignment_finds_the_times():
@@ -799,6 +848,53 @@ def test_forced_alignment_finds_the_times():
     with pytest.warns(UserWarning, match="1 of 2 recordings are left out: .*no text"):
         (kept,) = alignment.aligned_corpus(untold, recognizer).entries
     assert kept.phones
+
+
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_a_voice_of_your_own_is_aligned_first(rate, tmp_path):
+    """Recordings with texts and no phones, at any rate: the recipe finds the phones."""
+    from speechlab.foundations.columns import at_rate
+
+    corpus = at_rate(embedded_corpus("smoke").split("train")[:2], rate)
+    mute = corpus.with_entries([replace(e, phones=None, accent=None) for e in corpus.entries])
+    recipe = replace(FASTSPEECH2_RECIPES["smoke"], model=replace(TINY, mel=MelSpec(rate)))
+    found = recipe.columns(mute)
+    for entry in found.entries:
+        assert entry.phones[0].start == 0
+        assert entry.phones[-1].end == entry.samples
+        assert len(entry.phones) > 5
+    whole = recipe.columns(corpus)  # with phones: they stay, and tile at this rate
+    assert [len(e.phones) for e in whole.entries] == [len(e.phones) for e in corpus.entries]
+    with pytest.raises(ValueError, match="nothing could be aligned"):
+        recipe.columns(mute.with_entries([replace(e, text=None) for e in mute.entries]))
+
+
+def test_columns_made_another_way_are_not_kept():
+    corpus = embedded_corpus("smoke")[:2]
+    other = VOCODER_RECIPES["smoke"].columns(corpus)
+    loud = corpus.with_values("mel", _values(other, "mel", {
+        name: np.maximum(row, -1) for name, row in other.columns["mel"].rows.items()}))
+    for recipe in (VOCODER_RECIPES["smoke"], FASTSPEECH2_RECIPES["smoke"]):
+        assert recipe.columns(loud).columns["mel"].checksum() == other.columns["mel"].checksum()
+
+
+def test_what_the_controls_did_is_measured():
+    """The study's measure: a sound against itself, louder and longer; silence has no pitch."""
+    from speechlab.studies.spoken_text import _measured
+
+    time = torch.arange(16000) / 16000
+    buzz, high = (
+        sum(0.1 / k * torch.sin(2 * math.pi * f * k * time) for k in range(1, 8)).view(1, 1, -1)
+        for f in (150, 180)
+    )
+    track = PitchTrack()
+    found = _measured(2 * buzz, buzz, track)
+    assert found == pytest.approx({"F0": 1.0, "amplitude": 2.0, "duration": 1.0}, abs=1e-3)
+    assert _measured(high, buzz, track)["F0"] == pytest.approx(1.2, rel=0.01)
+    longer = _measured(torch.cat([high, high], dim=-1), buzz, track)
+    assert longer["duration"] == 2
+    assert longer["F0"] == pytest.approx(1.2, rel=0.01)
+    assert math.isnan(_measured(torch.zeros_like(buzz), buzz, track)["F0"])
 
 
 def test_the_longest_quiet_stretch():

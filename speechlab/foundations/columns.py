@@ -324,6 +324,8 @@ def at_rate(
             for p in entry.phones
         )
         samples = -(-entry.samples * sample_rate // corpus.sample_rate)
+        if phones:  # rounding may miss the end
+            phones = (*phones[:-1], replace(phones[-1], end=samples))
         return replace(entry, samples=samples, source_samples=entry.samples, phones=phones)
 
     read, entries = _AtRate(corpus, sample_rate), [moved(entry) for entry in corpus.entries]

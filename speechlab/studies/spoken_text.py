@@ -96,7 +96,7 @@ def _measured(wav: Tensor, plain: Tensor, track: PitchTrack) -> dict[str, float]
     if one.shape == two.shape:
         both = (voiced > 0) & (also > 0)
         high = float((one - two)[both].mean()) if both.any() else math.nan
-    else:
+    else:  # NaN where a sound has no voiced frame
         high = float(one[voiced > 0].mean() - two[also > 0].mean())
     return {
         "F0": math.exp(high),
@@ -111,7 +111,7 @@ def spoken_text(scale: Scale, ask: Ask) -> dict:
     few = str(scale) == "smoke"
     tts = TextToSpeech.load()
     spoken = embedded_corpus("smoke" if few else "cpu").split("valid")
-    some = with_prosody(spoken)[: 2 if few else 100]
+    some = with_prosody(spoken)[: {"smoke": 2, "cpu": 48}.get(str(scale), 100)]
     marks = digest(tts.acoustic, tts.vocoder)
     about = {"models": marks, "sentences": len(some), "corpus": some.key()}
     judges = cache(lambda: (load_recognizer("faster-whisper"), Recognizer.load("phone-recognizer")))
@@ -140,7 +140,8 @@ def spoken_text(scale: Scale, ask: Ask) -> dict:
                     wavs.append(tts.vocoder(mel).clamp(-1, 1).cpu())
             for what, factor in _measured(*wavs, track).items():
                 found.setdefault(what, []).append(factor)
-        return {"found": {w: list(bootstrap(v)) for w, v in found.items()}}
+        heard = {w: [v for v in values if math.isfinite(v)] for w, values in found.items()}
+        return {"found": {w: list(bootstrap(v)) for w, v in heard.items() if v}}
 
     for name, values in TURNED.items():
         for value in values[:: 3 if few else 1]:
@@ -159,6 +160,10 @@ def spoken_text_table(report: dict) -> str:
 def controls_table(report: dict) -> str:
     "Markdown: asked, and what came, as factors."
     names = ("F0", "amplitude", "duration")
-    rows = [[row["control"], row["value"], *(str(Estimate(*row["found"][n])) for n in names)]
-            for row in report["controls"]]  # fmt: skip
-    return markdown_table(["control", "asked", *names], rows)
+    rows = [
+        [row["control"], row["value"],
+         *(str(Estimate(*row["found"][n])) if n in row["found"] else "" for n in names),
+         row["found"]["F0"][3] if "F0" in row["found"] else 0]
+        for row in report["controls"]
+    ]  # fmt: skip
+    return markdown_table(["control", "asked", *names, "sentences with an F0"], rows)

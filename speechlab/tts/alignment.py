@@ -7,6 +7,7 @@ __all__ = ['ARPABET', 'read_textgrid', 'align', 'aligned_corpus', 'textgrid_corp
 
 # %% ../../nbs/tts/workshop/alignment.ipynb #bb5a7bca
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,11 +20,12 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/tts/workshop/alignment.ipynb #6602fd72
 from ..foundations.audio import SHORTEST
-from ..foundations.contracts import check_wav
+from ..foundations.columns import at_rate
+from ..foundations.contracts import check_wav, device_of
 from ..foundations.corpus import Corpus
 from ..foundations.judges import Recognizer
 from ..foundations.machine import require
-from ..foundations.phonemes import PAUSE, Phone, phonemize
+from ..foundations.phonemes import ACCENTS, PAUSE, Phone, phonemize
 
 # %% ../../nbs/tts/workshop/alignment.ipynb #b1bd298f
 ARPABET = {
@@ -33,13 +35,15 @@ ARPABET = {
     "OW": "oʊ", "OY": "ɔɪ", "P": "p", "R": "ɹ", "S": "s", "SH": "ʃ", "T": "t", "TH": "θ",
     "UH": "ʊ", "UW": "uː", "V": "v", "W": "w", "Y": "j", "Z": "z", "ZH": "ʒ",
 }  # fmt: skip
-_SILENT = ("", "sil", "sp", "spn", "<eps>", PAUSE)
+_SILENT = ("", "sil", "sp", "<eps>", PAUSE)
 
 
 def _phone_of(label: str, names: Mapping[str, str]) -> tuple[str, int]:
     "IPA symbol and stress of an aligner's label."
     if label.lower() in _SILENT:
         return PAUSE, 0
+    if label.lower() == "spn":
+        raise ValueError("holds spn: speech that the aligner did not know")
     base, digit = (label[:-1], label[-1]) if label[-1:] in "012" else (label, "0")
     if label == "AH0":
         return "ə", 0  # ARPAbet has no schwa of its own
@@ -64,14 +68,17 @@ def read_textgrid(
         raise ValueError(f"{path}: no TextGrid: {error}") from None
     if tier not in grid.tierNames:
         raise ValueError(f"{path}: no tier {tier!r}; it has {', '.join(grid.tierNames)}")
-    entries, phones, before = grid.getTier(tier).entries, [], 0
+    entries, phones, before, first = grid.getTier(tier).entries, [], 0, 0
     for start, end, label in entries:
         if abs(start - before) > 1e-4:
             raise ValueError(f"{path}: nothing between {before:.3f} and {start:.3f} s")
-        first, last = round(start * sample_rate), round(end * sample_rate)
-        ipa, stress = _phone_of(label.strip(), names)
-        phones.append(Phone(ipa, first, min(last, samples), stress))
-        before = end
+        try:
+            ipa, stress = _phone_of(label.strip(), names)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        last = min(round(end * sample_rate), samples)
+        phones.append(Phone(ipa, first, last, stress))
+        before, first = end, last
     seconds = samples / sample_rate
     if not phones or abs(before - seconds) > 0.05:
         raise ValueError(f"{path}: ends at {before:.3f} s, the recording at {seconds:.3f} s")
@@ -117,7 +124,7 @@ def align(
         raise ValueError("phones has nothing but pauses; there is nothing to find")
     targets = torch.tensor([[number[phone.ipa] for phone in said]])
     with torch.inference_mode():
-        scores = recognizer(wav).cpu()
+        scores = recognizer(wav.to(device_of(recognizer))).cpu()
     repeats = sum(a == b for a, b in zip(targets[0], targets[0, 1:]))
     if scores.shape[1] < len(said) + repeats:
         raise ValueError(f"{len(said)} phones in {scores.shape[1]} frames: the text is longer than "
@@ -166,22 +173,28 @@ def _with_pauses(wav: Tensor, recognizer: Recognizer, phones, said, spans) -> li
     return found
 
 
+def _at_samples(phones: list[Phone], samples: int) -> tuple[Phone, ...]:
+    "The same phones on a recording of so many samples, at whatever rate."
+    factor = samples / phones[-1].end
+    edges = [round(phone.end * factor) for phone in phones]
+    moved = (replace(p, start=a, end=b) for p, a, b in zip(phones, [0, *edges], edges))
+    return tuple(phone for phone in moved if phone.end > phone.start)
+
+
 def aligned_corpus(
-    corpus: Corpus,  # with texts
+    corpus: Corpus,  # with texts; any rate
     recognizer: Recognizer,
-    accent: str = "us",  # as espeak-ng reads the texts
+    accent: str = "us",  # as espeak-ng reads texts of entries that name no accent of its own
 ) -> Corpus:
     "The corpus with phones. What cannot be aligned is left out, and named in a warning."
-    if corpus.sample_rate != recognizer.sample_rate:
-        raise ValueError(f"corpus has {corpus.sample_rate} Hz, the recogniser hears "
-                         f"{recognizer.sample_rate} Hz")
-    entries, lost = [], {}
+    heard, entries, lost = at_rate(corpus, recognizer.sample_rate), [], {}
     for index, entry in enumerate(tqdm(corpus.entries, "alignment", disable=len(corpus) < 200)):
         try:
             if not entry.text:
                 raise ValueError("no text")
-            phones = align(recognizer, corpus.read(index), phonemize(entry.text, accent))
-            entries.append(replace(entry, phones=tuple(phones)))
+            said = phonemize(entry.text, entry.accent if entry.accent in ACCENTS else accent)
+            phones = align(recognizer, heard.read(index), said)
+            entries.append(replace(entry, phones=_at_samples(phones, entry.samples)))
         except ValueError as error:
             lost[entry.id] = str(error)
     if not entries:
@@ -193,6 +206,9 @@ def aligned_corpus(
     return corpus.with_entries(entries)
 
 
+_SOUND = re.compile(r"\.(wav|flac|ogg|opus|mp3|m4a|aiff?|w64|sph)$", re.I)  # ids of folders
+
+
 def textgrid_corpus(
     corpus: Corpus,  # whose ids name recordings
     folder: str | Path,  # holds ID.TextGrid, in the layout of the recordings
@@ -202,14 +218,14 @@ def textgrid_corpus(
     "The corpus with the phones of TextGrids. Recordings without one are left out, with a warning."
     entries, lost = [], []
     for entry in corpus.entries:
-        path = Path(folder, entry.id).with_suffix(".TextGrid")
+        path = Path(folder, f"{re.sub(_SOUND, '', entry.id)}.TextGrid")
         if path.is_file():
             phones = read_textgrid(path, entry.samples, corpus.sample_rate, tier, names)
             entries.append(replace(entry, phones=tuple(phones)))
         else:
-            lost.append(entry.id)
+            lost.append(path.name)
     if not entries:
-        raise ValueError(f"{folder} has no TextGrid for {corpus.name}, such as {lost[0]}.TextGrid")
+        raise ValueError(f"{folder} has no TextGrid for {corpus.name}, such as {lost[0]}")
     if lost:
         warnings.warn(f"{len(lost)} of {len(corpus)} recordings have no TextGrid: {lost[0]}, …",
                       stacklevel=2)  # fmt: skip

@@ -79,6 +79,9 @@ class FastSpeech2Config:
             if not value or len(set(value)) < len(value):
                 raise ValueError(f"{name} has {len(value)} entries, {len(set(value))} of them "
                                  "different; wanted at least one, no two alike")
+        for name in ("predictor_kernel", "postnet_kernel"):
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be odd")
         if self.dim < 2 or self.dim % 2 or self.bins < 2 or not 0 < self.lowest < self.highest:
             raise ValueError(f"dim is {self.dim}, bins {self.bins}, pitch {self.lowest} to "
                              f"{self.highest} Hz; wanted an even dim, two bins, rising pitch")
@@ -334,7 +337,11 @@ class FastSpeech2(Model):
         speed: float | Tensor = 1.0,  # 2: in half the time
         frames: int | None = None,  # T; None: the most of any row
     ) -> Drawn:
-        self._check(phones, speakers, valid)
+        self._check(phones, speakers, valid, prosody)
+        for name, factor in (("pitch", pitch), ("energy", energy), ("speed", speed)):
+            found = torch.as_tensor(factor)
+            if not (torch.isfinite(found) & (found > 0)).all():
+                raise ValueError(f"{name} is {factor}; factors are finite and above 0")
         x = self.phones(phones[:, 0]) + self.stress(phones[:, 1])
         x = self.encoder(x if valid is None else x * valid.unsqueeze(-1), valid)
         who = self.speakers(speakers).unsqueeze(1)
@@ -346,10 +353,13 @@ class FastSpeech2(Model):
             high = p + p_scale * predicted[1]
         else:
             high = torch.where(prosody.pitch > 0, prosody.pitch, p)
+        uncontrolled = x + self.pitch(high)  # the energy is predicted before pitch is turned
+        if valid is not None:
+            uncontrolled = uncontrolled * valid.unsqueeze(-1)
+        predicted.append(self.predictors["energy"](uncontrolled, valid))
         high = high + torch.as_tensor(pitch, device=x.device).log()
+        high = high.clamp(self.pitch.low, self.pitch.high)  # what the table can say
         x = x + self.pitch(high)
-        x = x if valid is None else x * valid.unsqueeze(-1)
-        predicted.append(self.predictors["energy"](x, valid))
         loud = e + e_scale * predicted[2] if prosody is None else prosody.energy
         loud = loud + torch.as_tensor(energy, device=x.device).log()
         x = x + self.energy(loud)
@@ -368,7 +378,9 @@ class FastSpeech2(Model):
         "From deviations to log10 magnitudes."
         return mel * self.mel_scale[:, None] + self.mel_mean[:, None]
 
-    def _check(self, phones: Tensor, speakers: Tensor, valid: Tensor | None) -> None:
+    def _check(
+        self, phones: Tensor, speakers: Tensor, valid: Tensor | None, prosody: Prosody | None
+    ) -> None:
         "Raise `ValueError` where an argument does not fit."
         shaped = isinstance(phones, Tensor) and phones.dim() == 3 and phones.shape[1] == 2
         if not shaped or phones.is_floating_point() or not phones.numel():
@@ -381,7 +393,16 @@ class FastSpeech2(Model):
                              "above 2, or negative ones")
         if speakers.shape != phones.shape[:1]:
             raise ValueError(f"{len(speakers)} speakers for {len(phones)} rows of phones")
-        check_mask(valid, (len(phones), phones.shape[2]), "valid")
+        if int(speakers.max()) >= len(self.config.speakers) or int(speakers.min()) < 0:
+            raise ValueError(f"speakers hold {speakers.tolist()}; this model has "
+                             f"{len(self.config.speakers)} voices, from 0")
+        shape = (len(phones), phones.shape[2])
+        check_mask(valid, shape, "valid")
+        for name, values in () if prosody is None else prosody._asdict().items():
+            if values.shape != shape:
+                raise ValueError(f"prosody.{name} has shape {tuple(values.shape)}, wanted {shape}")
+        if prosody is not None and bool((prosody.durations < 0).any()):
+            raise ValueError("prosody.durations hold negative numbers of frames")
 
 # %% ../../nbs/tts/03_fastspeech2.ipynb #a8f0d75d
 class FastSpeech2Loss(NamedTuple):

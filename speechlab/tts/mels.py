@@ -109,8 +109,10 @@ def griffin_lim(
     "A wave with this mel, by Griffin-Lim."
     check_mel(mel, spec)
     frames, hop = mel.shape[-1], spec.hop_length
+    shortest = spec.n_fft // hop + 1  # frames that the iteration needs
+    mel = torch.cat([mel, mel[..., -1:].expand(-1, -1, max(1, shortest - frames))], dim=-1)
     wav = mel_to_wav(
-        torch.cat([mel, mel[..., -1:]], dim=-1), spec.sample_rate, spec.n_fft, hop, rounds,
+        mel, spec.sample_rate, spec.n_fft, hop, rounds,
         frames * hop, spec.f_min, spec.f_max,
     )  # fmt: skip
     return F.pad(wav, (hop // 2, 0))[..., : frames * hop]

@@ -32,6 +32,7 @@ SYMBOLS = (
     "ɛɹ", "ɜ", "ɜː", "ɡ", "ɪ", "ɪɹ", "ɹ", "ɾ", "ʃ", "ʉ", "ʉɹ", "ʉː", "ʊ", "ʊə", "ʊɹ", "ʌ", "ʌɹ",
     "ʌʉ", "ʌʊ", "ʍ", "ʒ", "ʔ", "ʲ", "θ", "ᵻ",
 )  # fmt: skip
+_NEIGHBOURS = {"ɬ": "l", "ɲ": "n", "ʎ": "l", "y": "uː", "ɣ": "ɡ"}  # of foreign names
 
 
 def phone_numbers(
@@ -40,6 +41,9 @@ def phone_numbers(
 ) -> Tensor:  # (2, n) int64: number of the symbol, from 1; stress, 0 to 2
     "What a text-to-speech model reads; 0 is padding. An unknown phone is an error."
     known = {symbol: number for number, symbol in enumerate(symbols, 1)}
+    for rare, near in _NEIGHBOURS.items():
+        if near in known:
+            known.setdefault(rare, known[near])
     if lost := sorted({phone.ipa for phone in phones} - known.keys()):
         raise ValueError(f"phones {', '.join(lost)} are not among the {len(symbols)} symbols")
     if not phones:
@@ -144,7 +148,8 @@ def phone_means(
     sums = F.pad(values.double().cumsum(dim=1), (1, 0))
     starts = ends - durations
     total = sums.gather(1, ends) - sums.gather(1, starts)
-    here = values.gather(1, starts.clamp(max=values.shape[1] - 1))
+    last = (ends[:, -1:] - 1).clamp(min=0)  # of the row, not of the padded batch
+    here = values.gather(1, torch.minimum(starts, last))
     return torch.where(durations > 0, total / durations.clamp(min=1), here).to(values.dtype)
 
 # %% ../../nbs/tts/01_prosody.ipynb #bd19a035

@@ -25,7 +25,7 @@ from .vocoder import Vocoder
 
 # %% ../../nbs/tts/workshop/synthesis.ipynb #2cb73c8a
 _END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[\"'(]?[A-Z0-9])")
-_GOES_ON = re.compile(r"(?:^|[\s(])(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|No|vs|e\.g|i\.e|[A-Z])\.[\"')]*\s*$")
+_GOES_ON = re.compile(r"(?:^|[\s(])(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|[Nn]o|[Ff]ig|[Vv]ol|[Cc]h|pp?|approx|vs|e\.g|i\.e|[A-Z])\.[\"')]*\s*$")
 
 
 def sentences_of(
@@ -54,7 +54,7 @@ def sentences_of(
 class Controls:
     "What may be overruled in a sentence."
 
-    pitch: float = 1.0  # factor on F0, 0.5 to 2
+    pitch: float = 1.0  # factor on F0, 0.5 to 2; the model knows 60 to 500 Hz
     energy: float = 1.0  # factor on the amplitude, 0.1 to 4
     speed: float = 1.0  # 2: in half the time; 0.3 to 3
 
@@ -199,7 +199,7 @@ class ProsodyDesk:
         plain = self.plain
         high = plain.pitch.mean().expand_as(plain.pitch) if flat else plain.pitch
         prosody = Prosody(
-            (plain.durations * self._by_phone("length", length, 1.0)).round().long(),
+            plain.durations * self._by_phone("length", length, 1.0),
             high + self._by_phone("pitch", pitch, 0.0) * math.log(2) / 12,
             plain.energy + self._by_phone("level", level, 0.0) * math.log(10) / 20,
         )

@@ -23,12 +23,13 @@ from ..foundations.contracts import frames_of
 from ..foundations.corpus import Corpus
 from ..foundations.evaluation import error_rate, mel_distance
 from ..foundations.judges import Recognizer
-from ..foundations.machine import seed_everything
+from ..foundations.machine import pick_device, seed_everything
 from ..foundations.recipes import Optim, Recipe, Source, markdown_table
 from ..foundations.training import TrainConfig, Trainer
 from ..tokenizer.codec_training import judged
 from ..tokenizer.discriminators import Discriminators, DiscriminatorsConfig
 from ..tokenizer.losses import LossWeights, MultiScaleMel, time_loss, total_loss
+from .alignment import aligned_corpus
 from speechlab.tts.fastspeech2 import (
     FastSpeech2,
     FastSpeech2Config,
@@ -57,8 +58,7 @@ def with_prosody(
     chosen = () if symbols is None else (symbols,)
     for column in (phones_column(spec.hop_length, *chosen), mel_column(spec), energy_column(spec),
                    pitch_column(spec)):  # fmt: skip
-        if column.name not in corpus.columns:
-            corpus = with_column(corpus, column)
+        corpus = with_column(corpus, column)  # a column of the same name may be another one
     return corpus
 
 
@@ -105,10 +105,15 @@ class FastSpeech2Recipe(Recipe):
     loop: TrainConfig = TrainConfig(steps=4500, log_every=50)
     batch_size: int = 8
     model: FastSpeech2Config = FastSpeech2Config.small()  # its speakers are the corpus's
+    aligner: str = "phone-recognizer"  # finds the phones of a corpus that has texts only
+    accent: str = "us"  # in which those texts are read
 
     def columns(self, corpus: Corpus) -> Corpus:
-        "Adds phones, mel, energy and pitch. Recordings without phones are left out."
+        "Adds phones, mel, energy and pitch. Without any phones, the texts are aligned first."
         spoken = corpus.filter(lambda entry: bool(entry.phones))
+        if not len(spoken):
+            judge = Recognizer.load(self.aligner, pick_device())
+            spoken = aligned_corpus(corpus, judge, self.accent)
         return with_prosody(spoken, self.model.mel, self.model.symbols)
 
     def trainer(self, corpus: Corpus, folder: Path) -> Trainer:
@@ -236,7 +241,7 @@ class VocoderRecipe(Recipe):
         spec = self.model.mel
         if corpus.sample_rate != spec.sample_rate:
             raise ValueError(f"corpus has {corpus.sample_rate} Hz, the mel {spec.sample_rate} Hz")
-        return corpus if "mel" in corpus.columns else with_column(corpus, mel_column(spec))
+        return with_column(corpus, mel_column(spec))
 
     def trainer(self, corpus: Corpus, folder: Path) -> Trainer:
         "Two networks and two optimisers."

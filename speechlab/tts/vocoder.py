@@ -44,6 +44,16 @@ class HiFiGANConfig:
     block_kernels: tuple[int, ...] = (3, 7, 11)
     dilations: tuple[int, ...] = (1, 3, 5)
 
+    def __post_init__(self):
+        if any(kernel % 2 == 0 for kernel in self.block_kernels):
+            raise ValueError(f"block_kernels are {self.block_kernels}; they must be odd")
+        pairs = zip(self.kernels, self.strides)
+        if any(kernel < stride or (kernel - stride) % 2 for kernel, stride in pairs):
+            raise ValueError(f"kernels {self.kernels} over strides {self.strides}: each must be its "
+                             "stride, or an even number more")
+        if self.channels % 2 ** len(self.strides) or self.channels < 1:
+            raise ValueError(f"channels is {self.channels}; it is halved {len(self.strides)} times")
+
 
 @dataclass(frozen=True)
 class VocoderConfig:
