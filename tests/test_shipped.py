@@ -14,6 +14,7 @@ from speechlab import load
 from speechlab.foundations.models import shipped_models
 from speechlab.lm.hybrid import CausalMel
 from speechlab.metis.ssl_tokens import SpeechToTokens
+from speechlab.tts.fastspeech2 import Prosody
 
 BEFORE = load_file(Path(__file__).parent / "data" / "golden.safetensors")
 CODECS = ("speechtokenizer-small", "encodec-small", "small-causal", "music-causal")
@@ -89,6 +90,28 @@ def metis_logits(tokens) -> dict:
     finer = acoustic(codes, 2, mask, time, tokens[None], prompt)
     return {"metis-small": writer(hidden, time)[:, ::9, ::8],
             "metis-acoustic-small": finer[:, ::9, ::8]}  # fmt: skip
+
+
+@torch.no_grad()
+def speech(mel: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What the voice draws of thirty phones, and the sound of some of it (or of a stored mel)."""
+    phones = torch.stack([torch.arange(1, 31), torch.arange(30) % 3])[None]
+    prosody = Prosody(torch.full((1, 30), 6), torch.full((1, 30), 5.0), torch.full((1, 30), -3.0))
+    drawn = load("fastspeech2-small")(phones, torch.tensor([3]), None, prosody)
+    mel = drawn.refined[..., 60:84] if mel is None else mel
+    return {
+        "fastspeech2-small.mel": drawn.refined[:, ::4, ::2],
+        "fastspeech2-small.prosody": drawn.predicted,
+        "vocoder-small.mel": mel,
+        "vocoder-small.wav": load("vocoder-small")(mel)[..., ::3],
+    }
+
+
+def test_text_to_speech():
+    found = speech(BEFORE["vocoder-small.mel"].float())
+    for name, value in found.items():
+        torch.testing.assert_close(value, BEFORE[name].float(), atol=5e-3, rtol=5e-3)
+    assert load("vocoder-small").config.mel == load("fastspeech2-small").config.mel
 
 
 def test_every_shipped_model_is_compared():
