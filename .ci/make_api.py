@@ -32,7 +32,7 @@ import speechlab
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "nbs" / "reference" / "api.ipynb"
-PARTS = ("foundations", "tokenizer", "lm", "metis", "studies", "cli")
+PARTS = ("foundations", "tokenizer", "lm", "metis", "tts", "studies", "cli")
 COLUMNS = 90  # of a signature
 LONGEST = 44  # characters of a default; what is longer gets an ellipsis
 METHODS = (property, classmethod, staticmethod, functools.cached_property)

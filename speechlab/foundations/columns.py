@@ -212,8 +212,8 @@ def with_column(
     "The corpus with one more column, from the cache or computed now."
     contents = [[entry.id, entry.samples, corpus.content(entry)] for entry in corpus.entries]
     if not column.sound:
-        contents = [[row, entry.text, [[p.ipa, p.start, p.end, p.stress] for p in entry.phones or ()]]
-                    for row, entry in zip(contents, corpus.entries)]
+        said = [[[p.ipa, p.start, p.end, p.stress] for p in e.phones or ()] for e in corpus.entries]
+        contents = [[row, e.text, phones] for row, e, phones in zip(contents, corpus.entries, said)]
     key = digest(column.name, column.key, column.dtype, corpus.sample_rate, contents)
     if folder == "":
         return corpus.with_values(column.name, _values_of(column, compute_column(column, corpus)))

@@ -316,7 +316,8 @@ _SPOKEN = (
         "FastSpeech 2",
         "loss",
         "mel, refined mel, durations, pitch, energy",
-        r"\lVert \hat m - m \rVert_1 + \lVert \hat m' - m \rVert_1 + \lVert \hat p - p \rVert_2^2 + "
+        r"\lVert \hat m - m \rVert_1 + \lVert \hat m' - m \rVert_1 + "
+        r"\lVert \hat p - p \rVert_2^2 + "
         r"\lVert \hat e - e \rVert_2^2 + \lVert \log(\hat d + 1) - \log(d + 1) \rVert_2^2",
         "speechlab.tts.fastspeech2.fastspeech2_loss",
         "tests/test_tts.py::test_the_loss_equals_a_loop",
@@ -331,7 +332,8 @@ _SPOKEN = (
     ),
 )
 EQUATIONS = (
-    _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED + _LANGUAGE + _MASKED + _SPOKEN
+    _QUANTISER + _DISTILLATION + _RECONSTRUCTION + _MEASURES + _SHARED + _LANGUAGE
+    + _MASKED + _SPOKEN
 )
 
 

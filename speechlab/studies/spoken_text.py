@@ -145,7 +145,8 @@ def spoken_text(scale: Scale, ask: Ask) -> dict:
 
     for name, values in TURNED.items():
         for value in values[:: 3 if few else 1]:
-            turned.append(ask(about | {"control": name, "value": value}, partial(turn, name, value)))
+            asked = about | {"control": name, "value": value}
+            turned.append(ask(asked, partial(turn, name, value)))
     return {"rows": rows, "controls": turned}
 
 # %% ../../nbs/studies/spoken_text.ipynb #b8888b58

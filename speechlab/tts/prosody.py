@@ -25,12 +25,13 @@ from .mels import MelSpec
 
 # %% ../../nbs/tts/01_prosody.ipynb #ae59f77b
 SYMBOLS = (
-    PAUSE, "a", "aa", "aɪ", "aɪə", "aɪɚ", "aʊ", "aː", "b", "d", "dʒ", "e", "ei", "eə", "eɪ", "eː",
-    "f", "h", "i", "iə", "iː", "j", "k", "l", "m", "n", "n̩", "o", "oə", "oɪ", "oʊ", "oː", "p", "r",
-    "s", "t", "tʃ", "t̪", "uː", "v", "w", "x", "z", "æ", "æʊ", "ç", "ð", "ŋ", "ɐ", "ɑə", "ɑː", "ɑːɹ",
-    "ɑ̃", "ɒ", "ɔ", "ɔə", "ɔɪ", "ɔː", "ɔːɹ", "ɔ̃", "ə", "əl", "əu", "əɪ", "əɹ", "əʊ", "ɚ", "ɛ", "ɛə",
-    "ɛɹ", "ɜ", "ɜː", "ɡ", "ɪ", "ɪɹ", "ɹ", "ɾ", "ʃ", "ʉ", "ʉɹ", "ʉː", "ʊ", "ʊə", "ʊɹ", "ʌ", "ʌɹ",
-    "ʌʉ", "ʌʊ", "ʍ", "ʒ", "ʔ", "ʲ", "θ", "ᵻ",
+    PAUSE, "a", "aa", "aɪ", "aɪə", "aɪɚ", "aʊ", "aː", "b", "d", "dʒ", "e", "ei", "eə",
+    "eɪ", "eː", "f", "h", "i", "iə", "iː", "j", "k", "l", "m", "n", "n̩", "o", "oə", "oɪ",
+    "oʊ", "oː", "p", "r", "s", "t", "tʃ", "t̪", "uː", "v", "w", "x", "z", "æ", "æʊ", "ç",
+    "ð", "ŋ", "ɐ", "ɑə", "ɑː", "ɑːɹ", "ɑ̃", "ɒ", "ɔ", "ɔə", "ɔɪ", "ɔː", "ɔːɹ", "ɔ̃", "ə",
+    "əl", "əu", "əɪ", "əɹ", "əʊ", "ɚ", "ɛ", "ɛə", "ɛɹ", "ɜ", "ɜː", "ɡ", "ɪ", "ɪɹ", "ɹ",
+    "ɾ", "ʃ", "ʉ", "ʉɹ", "ʉː", "ʊ", "ʊə", "ʊɹ", "ʌ", "ʌɹ", "ʌʉ", "ʌʊ", "ʍ", "ʒ", "ʔ", "ʲ",
+    "θ", "ᵻ",
 )  # fmt: skip
 _NEIGHBOURS = {"ɬ": "l", "ɲ": "n", "ʎ": "l", "y": "uː", "ɣ": "ɡ"}  # of foreign names
 
@@ -127,13 +128,13 @@ class EnergyTrack(nn.Module):
 
 def pitch_column(spec: MelSpec = MelSpec()) -> Column:
     "Log F0 and voicing of every frame."
-    return features_column("pitch", PitchTrack(spec), spec.hop_length, asdict(spec), dtype="float32")
+    track = PitchTrack(spec)
+    return features_column("pitch", track, spec.hop_length, asdict(spec), dtype="float32")
 
 
 def energy_column(spec: MelSpec = MelSpec()) -> Column:
     "Log energy of every frame."
-    column = features_column("energy", EnergyTrack(spec), spec.hop_length, asdict(spec))
-    return column
+    return features_column("energy", EnergyTrack(spec), spec.hop_length, asdict(spec))
 
 # %% ../../nbs/tts/01_prosody.ipynb #b7385800
 def phone_means(

@@ -25,7 +25,8 @@ from .vocoder import Vocoder
 
 # %% ../../nbs/tts/workshop/synthesis.ipynb #2cb73c8a
 _END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[\"'(]?[A-Z0-9])")
-_GOES_ON = re.compile(r"(?:^|[\s(])(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|[Nn]o|[Ff]ig|[Vv]ol|[Cc]h|pp?|approx|vs|e\.g|i\.e|[A-Z])\.[\"')]*\s*$")
+_TITLES = r"Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|[Nn]o|[Ff]ig|[Vv]ol|[Cc]h|pp?|approx|vs|e\.g|i\.e|[A-Z]"
+_GOES_ON = re.compile(rf"(?:^|[\s(])(?:{_TITLES})\.[\"')]*\s*$")
 
 
 def sentences_of(

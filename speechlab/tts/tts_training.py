@@ -169,7 +169,8 @@ class FastSpeech2Recipe(Recipe):
         head = (f"FastSpeech2, {len(config.speakers)} voices, {config.mel.sample_rate} Hz, "
                 f"{config.mel.frame_rate:.1f} frames a second, {len(config.symbols)} phones.")
         units = {"mel": "mean absolute, in deviations of a band",
-                 "refined": "the same, after the post-net", "duration": "mean square, log(frames + 1)",
+                 "refined": "the same, after the post-net",
+                 "duration": "mean square, log(frames + 1)",
                  "pitch": "mean square, in deviations of a voice",
                  "energy": "mean square, in deviations of a voice"}
         rows = [(name, report[name], unit) for name, unit in units.items() if name in report]
@@ -274,8 +275,8 @@ class VocoderRecipe(Recipe):
         }
         report: dict = {}
         for name, way in ways.items():
-            found = [mel_distance(u.wav, way(mels.cut(u.id)[None])[..., : u.samples], spec.sample_rate)
-                     for u in test]
+            sounds = ((u, way(mels.cut(u.id)[None])[..., : u.samples]) for u in test)
+            found = [mel_distance(u.wav, made, spec.sample_rate) for u, made in sounds]
             report[name] = {"mel distance": round(sum(found) / len(found), 4)}
         if self.data.kind == "embedded" and len(spoken):
             judge, mel_of = Recognizer.load("phone-recognizer"), mel_column(spec).compute

@@ -49,8 +49,8 @@ class HiFiGANConfig:
             raise ValueError(f"block_kernels are {self.block_kernels}; they must be odd")
         pairs = zip(self.kernels, self.strides)
         if any(kernel < stride or (kernel - stride) % 2 for kernel, stride in pairs):
-            raise ValueError(f"kernels {self.kernels} over strides {self.strides}: each must be its "
-                             "stride, or an even number more")
+            raise ValueError(f"kernels {self.kernels} over strides {self.strides}: each must be "
+                             "its stride, or an even number more")
         if self.channels % 2 ** len(self.strides) or self.channels < 1:
             raise ValueError(f"channels is {self.channels}; it is halved {len(self.strides)} times")
 
