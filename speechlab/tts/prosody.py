@@ -21,7 +21,7 @@ from ..foundations.contracts import check_wav, frames_of
 from ..foundations.corpus import Corpus, Entry
 from ..foundations.machine import compiled_librosa, require
 from ..foundations.phonemes import PAUSE, Phone
-from .mels import MelSpec
+from .mels import MelSpec, centred
 
 # %% ../../nbs/tts/01_prosody.ipynb #ae59f77b
 SYMBOLS = (
@@ -92,9 +92,7 @@ class PitchTrack(nn.Module):
         check_wav(wav)
         rate, hop = self.spec.sample_rate, self.spec.hop_length
         size = round(4 * rate / self.lowest / 2) * 2  # four periods of the lowest pitch
-        side = (size - hop) // 2
-        right = size - hop - side + -wav.shape[-1] % hop
-        signal = F.pad(wav, (side, right))[0, 0].cpu().numpy()
+        signal = centred(wav, size, hop)[0, 0].cpu().numpy()
         require("evaluation", "librosa")
         track, voiced, _ = compiled_librosa().pyin(
             signal, fmin=self.lowest, fmax=self.highest, sr=rate, frame_length=size,
@@ -120,9 +118,9 @@ class EnergyTrack(nn.Module):
         self.spec = spec
 
     def forward(self, wav: Tensor) -> Tensor:
-        side, hop = (self.spec.n_fft - self.spec.hop_length) // 2, self.spec.hop_length
-        padded = F.pad(check_wav(wav), (side, side + -wav.shape[-1] % hop))
-        power = padded.unfold(-1, self.spec.n_fft, hop).square().mean(dim=-1)
+        size, hop = self.spec.n_fft, self.spec.hop_length
+        pieces = centred(check_wav(wav), size, hop).unfold(-1, size, hop)
+        power = pieces.square().mean(dim=-1)
         return 0.5 * (power + 1e-10).log()
 
 

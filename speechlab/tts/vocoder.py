@@ -6,6 +6,7 @@
 __all__ = ['FramesConfig', 'HiFiGANConfig', 'VocoderConfig', 'HiFiGAN', 'Vocoder']
 
 # %% ../../nbs/tts/02_vocoder.ipynb #e455cf33
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -64,9 +65,7 @@ class VocoderConfig:
 
     def __post_init__(self):
         if self.net.kind == "hifigan":
-            product = 1
-            for stride in self.net.strides:
-                product *= stride
+            product = math.prod(self.net.strides)
             if product != self.mel.hop_length or len(self.net.kernels) != len(self.net.strides):
                 raise ValueError(f"strides {self.net.strides} make {product} samples of a frame, "
                                  f"with {len(self.net.kernels)} kernels; the mel has "
@@ -164,7 +163,7 @@ class Vocoder(Model):
         super().__init__()
         self.config = config
         if config.net.kind == "hifigan":
-            self.net, self.reach = HiFiGAN(config.net, config.mel.n_mels), 0
+            self.net = HiFiGAN(config.net, config.mel.n_mels)
             self.reach = self.net.reach
         else:
             self.net = FrameDecoder(config.frames_config)
