@@ -149,6 +149,7 @@ TAKES_MORE |= {
 }
 INTERNAL = {  # of networks and codecs; their callers check
     "pad_for_frames", "change_speed", "change_voice", "in_rows", "write_sound", "judged",
+    "centred",
 }  # fmt: skip
 TAKES_MORE |= dict.fromkeys(INTERNAL)
 
